@@ -1,0 +1,1 @@
+//! The key broker: sessions, appraisal, policies, resources; its HTTP service and storage.

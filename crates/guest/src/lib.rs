@@ -1,0 +1,1 @@
+//! What runs in the guest: image store, composition, bundles, the attestation agent.

@@ -1,0 +1,3 @@
+//! The guest's daemon: no broker and no builder in its dependency tree.
+
+fn main() {}

@@ -1,0 +1,8 @@
+//! OCI images: references, registries and other transports, trust policy and signatures, layer encryption, unpacking.
+//!
+//! Data flows from a [`source`] through [`manifest`] parsing, [`trust`] and [`crypt`] into [`unpack`]; `copy` is the shipping side.
+//! This crate knows nothing of brokers, stores or mounts: keys come through [`nacre_core::KeySource`].
+
+pub mod manifest;
+pub mod reference;
+pub mod source;

@@ -1,0 +1,1 @@
+//! The operating system: mounts, namespaces, and everything else that needs unsafe.

@@ -1,0 +1,1 @@
+//! Development only: image and archive makers, faults, fixtures, real programs for tests.
