@@ -132,8 +132,11 @@ impl FromStr for Digest {
             "sha512" => Algorithm::Sha512,
             _ => return Err(DigestError::UnknownAlgorithm(shorten(name))),
         };
-        let bad =
-            || DigestError::BadHex { text: shorten(text), algorithm: algorithm.name(), expected: algorithm.output_len() * 2 };
+        let bad = || DigestError::BadHex {
+            text: shorten(text),
+            algorithm: algorithm.name(),
+            expected: algorithm.output_len() * 2,
+        };
         if hex.len() != algorithm.output_len() * 2 {
             return Err(bad());
         }
