@@ -10,6 +10,7 @@ mod trust;
 mod uri;
 
 pub mod aead;
+pub mod jose;
 
 pub use digest::{Algorithm, Digest, DigestError, Hasher};
 pub use ports::{Clock, KeySource, KeySourceError, NoProgress, Progress, SystemClock, Task, TrustedTime};
