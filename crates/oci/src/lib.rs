@@ -7,3 +7,4 @@ pub mod crypt;
 pub mod manifest;
 pub mod reference;
 pub mod source;
+pub mod transport;

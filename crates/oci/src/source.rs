@@ -102,6 +102,24 @@ pub enum TransportError {
         /// What is wrong.
         source: ManifestError,
     },
+    /// An archive or a directory is not what it should be.
+    #[error("{place}: {what} is not valid: {reason}")]
+    Malformed {
+        /// The file or entry.
+        what: String,
+        /// The archive or directory.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The content that was to be written could not be read to its end.
+    #[error("{what}: reading it failed: {source}")]
+    Content {
+        /// The blob.
+        what: String,
+        /// The stream's error.
+        source: std::io::Error,
+    },
     /// The transport's configuration is not valid.
     #[error("{path}: {reason}")]
     Config {
@@ -209,6 +227,14 @@ pub trait ImageSink: Send + Sync {
     /// # Errors
     /// [`TransportError`], with [`TransportError::DigestMismatch`] for content that is not `expected`.
     fn put_blob(&self, content: &mut dyn Read, expected: Option<&Descriptor>) -> Result<(Digest, u64), TransportError>;
+
+    /// The manifest of a tag of the same repository as it is there now, where the transport can tell: what a signature is added to.
+    ///
+    /// # Errors
+    /// [`TransportError`], but not `NotFound`
+    fn tagged(&self, _tag: &str) -> Result<Option<Untrusted<RawManifest>>, TransportError> {
+        Ok(None)
+    }
 
     /// Writes a manifest or index that the location's name shall not point to (a platform's manifest, an artifact).
     ///
