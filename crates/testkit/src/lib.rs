@@ -1,1 +1,26 @@
-//! Development only: image and archive makers, faults, fixtures, real programs for tests.
+//! Development only: what the tests of several crates need.
+//!
+//! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
+//! - [`DockerRegistry`], [`Tls`]: programs that are not ours.
+//! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
+//!   so the caller only returns.
+//! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
+//!
+//! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
+
+#![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test, at once and at its place")]
+
+mod disk;
+mod image;
+mod programs;
+mod rng;
+mod skip;
+mod tar;
+
+pub use disk::SmallDisk;
+pub use image::{BuiltLayer, Compression, Image, ImageBuilder};
+pub use nacre_registry as registry;
+pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
+pub use rng::Rng;
+pub use skip::{require, root, shared, skip};
+pub use tar::{Entry, Layer};
