@@ -9,3 +9,4 @@ pub mod manifest;
 pub mod reference;
 pub mod source;
 pub mod transport;
+pub mod trust;
