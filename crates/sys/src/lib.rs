@@ -1,1 +1,23 @@
-//! The operating system: mounts, namespaces, and everything else that needs unsafe.
+//! The operating system: mounts, namespaces, containers, and everything else that needs unsafe.
+//!
+//! - [`fs`]: what a path lies on, whether it is a mount point, unmounting, syncing.
+//! - [`beneath`]: files opened inside a root directory whose content nobody trusts.
+//! - [`overlay`]: overlay mounts of any number of layers that the kernel can stack.
+//! - [`privilege`], [`userns`]: what this process may do, and a user namespace for the one that may not.
+//! - [`spec`]: the part of the OCI runtime specification that Nacre writes and its own runner reads.
+//! - [`container`]: that runner, for machines without runc, crun and youki.
+//! - [`signals`]: signals passed on to a child.
+//! - [`stage`]: how the program starts itself again as a helper. **Every binary calls [`stage::enter`] first in `main`.**
+//!
+//! Nothing here forks: what must happen between fork and exec happens in a fresh, single-threaded execution of the same program
+//! instead (a *stage*), so that it may allocate, fail and report like any other code.
+
+pub mod beneath;
+pub mod container;
+pub mod fs;
+pub mod overlay;
+pub mod privilege;
+pub mod signals;
+pub mod spec;
+pub mod stage;
+pub mod userns;
