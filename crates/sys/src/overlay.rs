@@ -44,7 +44,9 @@ pub enum OverlayError {
         found: usize,
     },
     /// The kernel stacks no more.
-    #[error("{found} layers cannot be mounted: this kernel ({kernel}) stacks at most {limit}; rebuild the image with fewer layers")]
+    #[error(
+        "{found} layers cannot be mounted: this kernel ({kernel}) stacks at most {limit}; rebuild the image with fewer layers"
+    )]
     TooMany {
         /// How many there are.
         found: usize,
@@ -147,7 +149,8 @@ impl Overlay<'_> {
         // The outer mount takes limit - 1 layers besides the nested one, which needs two itself, being read-only.
         let (bottom, top) = self.lower.split_at((self.lower.len() - (limit - 1)).max(2));
         if bottom.len() > limit {
-            let error = OverlayError::TooMany { found: self.lower.len(), limit: 2 * limit - 1, kernel: kernel_release() };
+            let error =
+                OverlayError::TooMany { found: self.lower.len(), limit: 2 * limit - 1, kernel: kernel_release() };
             return Err(Refusal::Error(error));
         }
         self.nested(bottom, top, mount)
@@ -303,8 +306,11 @@ fn mount_classic(overlay: &Overlay<'_>, lower: &[PathBuf]) -> Result<(), Refusal
 
 fn open(path: &Path, role: &'static str) -> Result<OwnedFd, OverlayError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty())
-        .map_err(|e| OverlayError::Open { role, path: path.to_owned(), source: e.into() })
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|e| OverlayError::Open {
+        role,
+        path: path.to_owned(),
+        source: e.into(),
+    })
 }
 
 fn proc_path(fd: &OwnedFd) -> String {

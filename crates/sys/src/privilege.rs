@@ -36,7 +36,9 @@ pub enum Missing {
     )]
     AppArmor,
     /// Something else says no.
-    #[error("user namespaces do not work here ({0}); a container's seccomp filter may forbid them: run as root with CAP_SYS_ADMIN")]
+    #[error(
+        "user namespaces do not work here ({0}); a container's seccomp filter may forbid them: run as root with CAP_SYS_ADMIN"
+    )]
     Forbidden(String),
     /// We are in a user namespace, or root, and lack the capability.
     #[error("this process is root but lacks CAP_SYS_ADMIN, and {0}")]

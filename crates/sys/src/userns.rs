@@ -36,7 +36,9 @@ const FILE_LIMIT: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum UserNamespaceError {
     /// It is in one already, and still may not do what it needs.
-    #[error("already in a user namespace that Nacre made, and still without CAP_SYS_ADMIN: a security module takes it away")]
+    #[error(
+        "already in a user namespace that Nacre made, and still without CAP_SYS_ADMIN: a security module takes it away"
+    )]
     Nested,
     /// The program's `main` does not take part.
     #[error(transparent)]

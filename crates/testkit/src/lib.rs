@@ -4,6 +4,7 @@
 //! - [`DockerRegistry`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
+//! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
 //! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
@@ -11,9 +12,11 @@
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test, at once and at its place")]
 
 mod disk;
+pub mod harness;
 mod image;
 mod programs;
 mod rng;
+mod rootfs;
 mod skip;
 mod tar;
 
@@ -22,5 +25,6 @@ pub use image::{BuiltLayer, Compression, Image, ImageBuilder};
 pub use nacre_registry as registry;
 pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
 pub use rng::Rng;
+pub use rootfs::tiny_rootfs;
 pub use skip::{require, root, shared, skip};
 pub use tar::{Entry, Layer};

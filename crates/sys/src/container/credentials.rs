@@ -113,7 +113,9 @@ fn set_groups(user: &User) -> io::Result<()> {
     let groups: Vec<Gid> = user.additional_gids.iter().copied().map(Gid::from_raw).collect();
     match rustix::thread::set_thread_groups(&groups) {
         // A user namespace without subordinate ids forbids it to everybody: the groups stay those of whoever started us.
-        Err(Errno::PERM) if fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny") => Ok(()),
+        Err(Errno::PERM) if fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny") => {
+            Ok(())
+        }
         result => Ok(result?),
     }
 }
@@ -125,7 +127,8 @@ mod tests {
     #[test]
     fn capabilities_are_read_by_name() {
         let names = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
-        let sets = Sets::parse(&Capabilities { bounding: names(&["CAP_CHOWN", "CAP_KILL"]), ..Default::default() }).unwrap();
+        let sets =
+            Sets::parse(&Capabilities { bounding: names(&["CAP_CHOWN", "CAP_KILL"]), ..Default::default() }).unwrap();
         assert_eq!(sets.bounding, CapabilitySet::CHOWN | CapabilitySet::KILL);
         assert!(sets.thread.effective.is_empty());
         for bad in ["CHOWN", "CAP_", "CAP_NOPE", "cap_chown", ""] {

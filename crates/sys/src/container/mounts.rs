@@ -56,8 +56,11 @@ pub(crate) fn build(spec: &Spec, rootfs: &Path) -> Result<(), StepError> {
         mask(&root, path).map_err(step("mask", path))?;
     }
     if spec.root.readonly {
-        remount(&proc_path(&root.open_at(Path::new("/"), OFlags::PATH).map_err(step("open", rootfs))?), MountFlags::RDONLY)
-            .map_err(step("make read-only", rootfs))?;
+        remount(
+            &proc_path(&root.open_at(Path::new("/"), OFlags::PATH).map_err(step("open", rootfs))?),
+            MountFlags::RDONLY,
+        )
+        .map_err(step("make read-only", rootfs))?;
     }
     Ok(())
 }
@@ -153,7 +156,10 @@ pub(super) fn flags_in_force(path: &Path) -> io::Result<MountFlags> {
         (StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
         (StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
     ];
-    Ok(known.into_iter().filter(|(flag, _)| found.contains(*flag)).fold(MountFlags::empty(), |all, (_, flag)| all | flag))
+    Ok(known
+        .into_iter()
+        .filter(|(flag, _)| found.contains(*flag))
+        .fold(MountFlags::empty(), |all, (_, flag)| all | flag))
 }
 
 fn make_devices(root: &Root) -> io::Result<()> {
