@@ -1,0 +1,92 @@
+//! `cargo xtask bench`: ours and every peer that is installed, in one run on one disk, in turns, and the ratios of the medians.
+
+mod image;
+pub(crate) mod measure;
+mod pull;
+mod registry;
+
+use anyhow::Result;
+use serde::Serialize;
+
+#[derive(clap::Subcommand)]
+pub(crate) enum Bench {
+    /// Pulling and unpacking an image
+    Pull(pull::Options),
+}
+
+pub(crate) fn bench(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::Pull(options) => pull::pull(options),
+    }
+}
+
+/// A line of the result.
+#[derive(Serialize)]
+struct Case {
+    case: String,
+    /// Medians, in `unit`.
+    ours: Option<f64>,
+    peer: Option<f64>,
+    unit: &'static str,
+    /// ours / peer
+    ratio: Option<f64>,
+    /// The most that `ratio` may be, or `ours` where there is no peer.
+    goal: f64,
+    ok: Option<bool>,
+}
+
+impl Case {
+    fn against(case: &str, ours: Option<f64>, peer: Option<f64>, goal: f64) -> Self {
+        let ratio = ours.zip(peer).map(|(ours, peer)| ours / peer);
+        Self { case: case.to_owned(), ours, peer, unit: "s", ratio, goal, ok: ratio.map(|ratio| ratio <= goal) }
+    }
+
+    fn bounded(case: &str, ours: Option<f64>, unit: &'static str, goal: f64) -> Self {
+        Self { case: case.to_owned(), ours, peer: None, unit, ratio: None, goal, ok: ours.map(|ours| ours <= goal) }
+    }
+
+    fn print(&self, json: bool) -> Result<()> {
+        if json {
+            println!("{}", serde_json::to_string(self)?);
+            return Ok(());
+        }
+        let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+        let verdict = self.ok.map_or("not measured", |ok| if ok { "met" } else { "MISSED" });
+        println!(
+            "{:<44} ours {:>8} {:<3} peer {:>8}   ratio {:>6}   goal {:>6}   {verdict}",
+            self.case,
+            number(self.ours),
+            self.unit,
+            number(self.peer),
+            number(self.ratio),
+            self.goal
+        );
+        Ok(())
+    }
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        count if count % 2 == 1 => values.get(middle).copied(),
+        _ => Some((values.get(middle - 1)? + values.get(middle)?) / 2.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_goals() {
+        assert_eq!(median(vec![]), None);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(Case::against("x", Some(1.0), Some(4.0), 0.3).ok, Some(true));
+        assert_eq!(Case::against("x", Some(2.0), Some(4.0), 0.3).ok, Some(false));
+        assert_eq!(Case::against("x", Some(2.0), None, 0.3).ok, None);
+        assert_eq!(Case::bounded("x", Some(101.0), "MiB", 100.0).ok, Some(false));
+    }
+}

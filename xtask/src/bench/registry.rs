@@ -1,0 +1,69 @@
+//! The registry that everybody pulls from: Debian's docker-registry on the loopback device.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::run::find;
+
+pub(crate) struct Registry {
+    child: Child,
+    pub(crate) host: String,
+}
+
+impl Registry {
+    /// Starts it on data that stays from run to run.
+    pub(crate) fn start(directory: &Path) -> Result<Self> {
+        let program =
+            find("docker-registry").context("docker-registry is not installed (apt-get install docker-registry)")?;
+        fs::create_dir_all(directory)?;
+        let config = directory.join("config.yml");
+        let data = directory.join("data");
+        let text = format!(
+            "version: 0.1\nlog: {{level: info, formatter: text}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: 127.0.0.1:0}}\n",
+            data.display()
+        );
+        fs::write(&config, text)?;
+        let mut child =
+            Command::new(program).arg("serve").arg(config).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let mut log = BufReader::new(child.stderr.take().context("no log")?).lines();
+        let host = loop {
+            let line = log.next().context("docker-registry ended at once")??;
+            if let Some((_, rest)) = line.split_once("listening on ") {
+                break rest.split(['"', ',', ' ']).next().unwrap_or_default().to_owned();
+            }
+        };
+        std::thread::spawn(move || log.map_while(Result::ok).for_each(drop)); // so that the pipe never fills
+        Ok(Self { child, host })
+    }
+
+    /// How long it takes to answer for a manifest.
+    pub(crate) fn answer(&self, repository: &str, tag: &str) -> Result<Duration> {
+        let start = Instant::now();
+        let mut stream = TcpStream::connect(&self.host)?;
+        let accept = "application/vnd.oci.image.manifest.v1+json";
+        write!(
+            stream,
+            "GET /v2/{repository}/manifests/{tag} HTTP/1.1\r\nHost: {}\r\nAccept: {accept}\r\nConnection: close\r\n\r\n",
+            self.host
+        )?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        ensure!(answer.starts_with(b"HTTP/1.1 200"), "the registry has no {repository}:{tag}");
+        Ok(start.elapsed())
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
