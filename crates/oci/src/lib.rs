@@ -7,6 +7,7 @@ pub mod copy;
 pub mod crypt;
 pub mod manifest;
 pub mod reference;
+pub mod registry;
 pub mod source;
 pub mod transport;
 pub mod trust;
