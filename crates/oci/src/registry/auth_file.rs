@@ -93,6 +93,10 @@ impl AuthFile {
         if bytes.trim_ascii().is_empty() {
             return Ok(Self::default());
         }
+        // serde takes a list for a struct, too.
+        if bytes.trim_ascii_start().first() != Some(&b'{') {
+            return Err("is not an auth file: it is no JSON object".into());
+        }
         // serde's messages may quote values, which are secrets here: only the place is kept.
         let raw: RawFile = serde_json::from_slice(bytes).map_err(|error| {
             format!(
