@@ -29,7 +29,7 @@ mod scope;
 mod sigstore;
 
 #[cfg(feature = "sign")]
-//pub mod sign;
+pub mod sign;
 use nacre_core::{Clock, Digest};
 use time::format_description::well_known::Rfc3339;
 
