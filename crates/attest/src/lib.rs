@@ -1,1 +1,23 @@
-//! Attestation: evidence, init data, the RCAR messages, attestation results, the guest's side of the exchange.
+//! Attestation: what a guest says of itself, how that is checked, and how the two ends talk about it.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`rcar`] | the messages of the key broker protocol 0.x (Request, Challenge, Attestation, Response) and the report data binding |
+//! | [`initdata`] | the configuration that a guest is started with and measured by |
+//! | [`evidence`] | the ports [`Attester`](evidence::Attester) and [`Verifier`](evidence::Verifier), and what verified evidence says |
+//! | [`sim`] | the simulated TEE, for demos and tests |
+//! | [`ear`] | attestation results: EAR tokens |
+//! | [`client`] | the guest's side: attest, fetch keys, know the time |
+//! | [`offline`] | keys from files, for development |
+//!
+//! Invariants: nothing here decides a policy; evidence counts only as [`nacre_core::Verified`]; the TEE key never leaves memory; whatever
+//! is simulated says so in its evidence, its token and its messages. Formats: `docs/formats/attestation.md`.
+
+pub mod client;
+pub mod ear;
+pub mod evidence;
+pub mod initdata;
+pub mod jcs;
+pub mod offline;
+pub mod rcar;
+pub mod sim;

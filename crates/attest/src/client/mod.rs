@@ -1,0 +1,451 @@
+//! The guest's side of the exchange: attest to a broker, fetch secrets, know the time.
+//!
+//!     auth ─▶ evidence ─▶ attest ─▶ token (cached) ─▶ GET resource ─▶ JWE opened with the TEE key
+//!
+//! Channel: a secret must come from a broker that the host cannot impersonate. The JWE only keeps it from being read; it would not keep
+//! a false broker from handing out false keys, policies or times. So `https` is required, verified by the certificate that the
+//! configuration pins (which lies in the measured init data, so that a host that swaps it changes the evidence) or by the system's
+//! roots; plain `http` is refused but to a loopback address or where [`BrokerConfig::allow_http`] says so. Proxies of the
+//! environment are not used and redirects are not followed.
+//!
+//! The TEE key is made anew for every attestation, lives in guest memory only, and is bound into the evidence with the nonce.
+
+mod http;
+mod time;
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use nacre_core::{
+    Clock, KeySource, KeySourceError, ResourcePath, ResourceUri, SecretBytes, TrustedTime,
+    jose::{JoseError, Jwe, Jwk, PrivateKey, PublicKey, b64},
+};
+use serde_json::Value;
+
+use crate::{
+    ear::{Ear, EarError},
+    evidence::{Attester, AttesterError, hex},
+    rcar::{
+        Attestation, Challenge, CompositeEvidence, ErrorBody, InitDataMessage, LONGEST_TOKEN, MessageError, Request,
+        RuntimeData, TokenReply, report_data,
+    },
+};
+use http::{Reply, Transport};
+use time::BootTime;
+
+/// Bytes of an encrypted resource at most.
+const LONGEST_RESOURCE: usize = 16 * 1024 * 1024;
+/// A token is renewed this long before it ends.
+const RENEW_BEFORE: Duration = Duration::from_secs(30);
+
+/// Why the broker gave nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The configuration cannot be right.
+    #[error("broker configuration: {0}")]
+    Config(String),
+    /// The broker cannot be reached.
+    #[error("broker {url}: {source} (is it running, does its name resolve, is its certificate the pinned one?)")]
+    Network {
+        /// Where.
+        url: String,
+        /// Why.
+        source: Box<ureq::Error>,
+    },
+    /// The broker said no.
+    #[error("broker refused {step}: {kind} (HTTP {status}): {detail}")]
+    Refused {
+        /// What was asked.
+        step: &'static str,
+        /// The HTTP status.
+        status: u16,
+        /// The kind of error that it names.
+        kind: String,
+        /// What it says.
+        detail: String,
+    },
+    /// A message that is none.
+    #[error("broker's answer to {step}: {source}")]
+    Message {
+        /// What was asked.
+        step: &'static str,
+        /// What is wrong.
+        source: MessageError,
+    },
+    /// No session cookie came with the challenge.
+    #[error(
+        "broker's answer to auth carries no session cookie: it is not a key broker, or something between drops cookies"
+    )]
+    NoSession,
+    /// No evidence could be made.
+    #[error(transparent)]
+    Evidence(#[from] AttesterError),
+    /// The token is not the pinned broker's.
+    #[error("{0}: is the pinned token key this broker's?")]
+    Token(#[from] EarError),
+    /// The token was made for somebody else, or for another session.
+    #[error("attestation token is not of this session: its {0} is another one")]
+    ForeignToken(&'static str),
+    /// The resource does not open with our TEE key.
+    #[error("resource {path}: {source}")]
+    Decrypt {
+        /// Which one.
+        path: ResourcePath,
+        /// Why.
+        source: JoseError,
+    },
+    /// A TEE key could not be used.
+    #[error("TEE key: {0}")]
+    TeeKey(JoseError),
+    /// The URI names a broker that is not ours.
+    #[error("'{uri}' is a resource of another broker than {url}, which this guest is configured with")]
+    OtherBroker {
+        /// What was asked for.
+        uri: Box<ResourceUri>,
+        /// Our broker.
+        url: String,
+    },
+}
+
+impl ClientError {
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Network { .. } => true,
+            // 409: the nonce was used by an attempt whose answer got lost.
+            Self::Refused { status, .. } => matches!(status, 409 | 429 | 500..=599),
+            _ => false,
+        }
+    }
+
+    fn is_unauthorized(&self) -> bool {
+        matches!(self, Self::Refused { status: 401, .. })
+    }
+}
+
+/// Which broker, and how it is known to be it.
+#[derive(Clone, Debug)]
+pub struct BrokerConfig {
+    /// `https://host[:port]`, without the `/kbs/v0`.
+    pub url: String,
+    /// The broker's certificate (or its issuer's), PEM; the system's roots where there is none.
+    pub certificate: Option<String>,
+    /// The public key that the broker's tokens are signed with. Without it, tokens are used but nothing in them is believed: there is
+    /// then no trusted time.
+    pub token_key: Option<PublicKey>,
+    /// Allows `http` to an address that is not loopback: for tests on networks of one's own.
+    pub allow_http: bool,
+    /// The time limit of one call.
+    pub timeout: Duration,
+    /// How often a call is tried that failed by the network, a full broker (429) or a broken one (5xx).
+    pub attempts: u32,
+    /// The first pause between two tries; each further one is twice as long, 5 s at most.
+    pub backoff: Duration,
+}
+
+impl BrokerConfig {
+    /// A broker by its URL, with nothing pinned.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            certificate: None,
+            token_key: None,
+            allow_http: false,
+            timeout: Duration::from_secs(30),
+            attempts: 5,
+            backoff: Duration::from_millis(200),
+        }
+    }
+
+    /// Pins the broker's certificate and token key, both PEM, as measured init data carries them.
+    ///
+    /// # Errors
+    /// [`ClientError::Config`] for a token key that is none.
+    pub fn pin(mut self, certificate: Option<&str>, token_key: Option<&str>) -> Result<Self, ClientError> {
+        self.certificate = certificate.map(str::to_owned);
+        self.token_key = token_key
+            .map(|pem| PublicKey::from_bytes(pem.as_bytes()))
+            .transpose()
+            .map_err(|e| ClientError::Config(format!("token key: {e}")))?;
+        Ok(self)
+    }
+}
+
+/// A successful attestation.
+pub struct Attested {
+    token: String,
+    verified: Option<Ear>,
+    tee_key: PrivateKey,
+    since: BootTime,
+    lifetime: Duration,
+}
+
+impl Attested {
+    /// The token, for programs in the guest that show it to others.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// The token's claims, where the broker's token key is pinned and they could be verified.
+    pub fn claims(&self) -> Option<&Ear> {
+        self.verified.as_ref()
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.since.elapsed() + RENEW_BEFORE < self.lifetime
+    }
+}
+
+impl fmt::Debug for Attested {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attested").field("status", &self.verified.as_ref().map(Ear::status)).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct State {
+    attested: Option<Arc<Attested>>,
+    /// The latest signed time and the boot time before which it cannot have been signed.
+    time: Option<(time::Seconds, BootTime)>,
+}
+
+/// A guest's broker.
+pub struct BrokerClient {
+    config: BrokerConfig,
+    transport: Transport,
+    attester: Arc<dyn Attester>,
+    state: Mutex<State>,
+    /// Held during an attestation, so that threads that need a token wait for one instead of each making their own.
+    attesting: Mutex<()>,
+}
+
+impl BrokerClient {
+    /// A client; nothing is sent yet.
+    ///
+    /// # Errors
+    /// [`ClientError::Config`]: the URL, the certificate, or a channel that the host could impersonate.
+    pub fn new(mut config: BrokerConfig, attester: Arc<dyn Attester>) -> Result<Self, ClientError> {
+        while config.url.ends_with('/') {
+            config.url.pop();
+        }
+        let transport = Transport::new(&config)?;
+        Ok(Self { config, transport, attester, state: Mutex::default(), attesting: Mutex::default() })
+    }
+
+    /// The broker's URL.
+    pub fn url(&self) -> &str {
+        &self.config.url
+    }
+
+    /// Whether the guest only simulates a TEE; whatever shows an attestation shows this too.
+    pub fn simulated(&self) -> bool {
+        self.attester.simulated()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The current attestation; a new one where there is none or it ends soon.
+    ///
+    /// # Errors
+    /// [`ClientError`] says which step failed.
+    pub fn attest(&self) -> Result<Arc<Attested>, ClientError> {
+        self.attest_unless(|attested| attested.is_fresh())
+    }
+
+    fn attest_unless(&self, good: impl Fn(&Arc<Attested>) -> bool) -> Result<Arc<Attested>, ClientError> {
+        let _one_at_a_time = self.attesting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(attested) = self.state().attested.as_ref().filter(|attested| good(attested)) {
+            return Ok(attested.clone());
+        }
+        let attested = Arc::new(self.retry(|| self.handshake())?);
+        let mut state = self.state();
+        if let Some(ear) = &attested.verified {
+            // A broker whose clock was turned back does not turn ours back.
+            let signed = (time::Seconds(ear.iat), attested.since);
+            if state.time.is_none_or(|earlier| signed.0.plus(signed.1.elapsed()) > earlier.0.plus(earlier.1.elapsed()))
+            {
+                state.time = Some(signed);
+            }
+        }
+        state.attested = Some(attested.clone());
+        Ok(attested)
+    }
+
+    fn retry<T>(&self, mut call: impl FnMut() -> Result<T, ClientError>) -> Result<T, ClientError> {
+        let mut pause = self.config.backoff;
+        let mut attempt = 1;
+        loop {
+            match call() {
+                Err(error) if error.is_transient() && attempt < self.config.attempts => {
+                    tracing::warn!(%error, attempt, "broker call failed, trying again");
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_secs(5));
+                    attempt += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn handshake(&self) -> Result<Attested, ClientError> {
+        let request = json_bytes(&Request::new(self.attester.tee()));
+        let reply = self.transport.post("auth", "/kbs/v0/auth", None, &request, crate::rcar::LONGEST_CHALLENGE)?;
+        let reply = accept("auth", reply)?;
+        let cookie = reply.cookie.ok_or(ClientError::NoSession)?;
+        let challenge =
+            Challenge::parse(&reply.body).map_err(|source| ClientError::Message { step: "auth", source })?;
+
+        let tee_key = PrivateKey::generate_p256();
+        let mut jwk = Jwk::from_public(&tee_key.public());
+        jwk.alg = Some("ECDH-ES+A256KW".into());
+        let tee_pubkey = serde_json::to_value(&jwk).unwrap_or_default();
+        let runtime_data = RuntimeData { nonce: challenge.nonce, tee_pubkey };
+        let bound = report_data(&runtime_data, "").map_err(|source| ClientError::Message { step: "auth", source })?;
+        let attestation = Attestation {
+            init_data: self
+                .attester
+                .init_data()
+                .map(|init| InitDataMessage { format: "toml".into(), body: init.text().to_owned() }),
+            runtime_data: runtime_data.clone(),
+            tee_evidence: CompositeEvidence {
+                primary_evidence: self.attester.evidence(&bound)?,
+                additional_evidence: String::new(),
+            },
+        };
+        // The time is signed after this instant; counting from it can only make our time late by the length of the call, never early.
+        let since = BootTime::now();
+        let body = json_bytes(&attestation);
+        let reply = self.transport.post("attest", "/kbs/v0/attest", Some(&cookie), &body, LONGEST_TOKEN)?;
+        let reply = accept("attest", reply)?;
+        let token =
+            TokenReply::parse(&reply.body).map_err(|source| ClientError::Message { step: "attest", source })?.token;
+        let verified = match &self.config.token_key {
+            Some(key) => Some(self.check_token(&token, key, &runtime_data, &bound)?),
+            None => None,
+        };
+        let lifetime = verified.as_ref().map_or_else(|| claimed_lifetime(&token), |ear| seconds(ear.exp - ear.iat));
+        Ok(Attested { token, verified, tee_key, since, lifetime })
+    }
+
+    /// Signed by the pinned key, and about this very session: a token of another guest or of an earlier boot says nothing here.
+    fn check_token(
+        &self,
+        token: &str,
+        key: &PublicKey,
+        runtime: &RuntimeData,
+        bound: &[u8; 64],
+    ) -> Result<Ear, ClientError> {
+        let ear = Ear::verify(token, key)?.into_inner();
+        if ear.tee_pubkey() != Some(&runtime.tee_pubkey) {
+            return Err(ClientError::ForeignToken("TEE key"));
+        }
+        let evidence = ear.submods.get("cpu0").map(|module| &module.evidence);
+        let said = evidence.and_then(|evidence| evidence.get("report_data")).and_then(Value::as_str);
+        if said != Some(hex(bound).as_str()) {
+            return Err(ClientError::ForeignToken("report data"));
+        }
+        if ear.simulated != self.attester.simulated() {
+            return Err(ClientError::ForeignToken("mark of simulation"));
+        }
+        Ok(ear)
+    }
+
+    /// Fetches a resource; attests first where that is needed, and once more when the broker does not know the token any more.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn get(&self, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
+        let attested = self.attest()?;
+        match self.get_with(&attested, path) {
+            Err(error) if error.is_unauthorized() => {
+                tracing::info!(%error, "attesting again");
+                let attested = self.attest_unless(|current| !Arc::ptr_eq(current, &attested))?;
+                self.get_with(&attested, path)
+            }
+            other => other,
+        }
+    }
+
+    fn get_with(&self, attested: &Attested, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
+        let reply = self.retry(|| {
+            let target = format!("/kbs/v0/resource/{path}");
+            accept("resource", self.transport.get("resource", &target, &attested.token, LONGEST_RESOURCE)?)
+        })?;
+        let fail = |source| ClientError::Decrypt { path: path.clone(), source };
+        Jwe::parse(&reply.body).map_err(fail)?.decrypt_with([&attested.tee_key]).map_err(fail)
+    }
+}
+
+impl fmt::Debug for BrokerClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BrokerClient").field("url", &self.config.url).finish_non_exhaustive()
+    }
+}
+
+fn json_bytes(value: &impl serde::Serialize) -> Vec<u8> {
+    // Strings, maps with string keys and JSON values always serialise.
+    serde_json::to_vec(value).unwrap_or_default()
+}
+
+fn seconds(number: i64) -> Duration {
+    Duration::from_secs(u64::try_from(number).unwrap_or_default())
+}
+
+/// How long a token says that it lives: only to renew it in time, so it need not be verified.
+fn claimed_lifetime(token: &str) -> Duration {
+    let claims = token.split('.').nth(1).and_then(|part| b64::decode(part).ok());
+    let claims: Option<Value> = claims.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let number = |name: &str| claims.as_ref()?.get(name)?.as_i64();
+    match (number("exp"), number("iat").or_else(|| number("nbf"))) {
+        (Some(exp), Some(iat)) => seconds(exp.saturating_sub(iat)),
+        _ => Duration::from_secs(60),
+    }
+}
+
+fn accept(step: &'static str, reply: Reply) -> Result<Reply, ClientError> {
+    if reply.status == 200 {
+        return Ok(reply);
+    }
+    let error = ErrorBody::parse(&reply.body);
+    let kind = error.as_ref().map_or("no error body", ErrorBody::variant).chars().take(80).collect();
+    let detail =
+        error.map_or_else(|| "the answer is not a key broker's".into(), |e| e.detail.chars().take(1000).collect());
+    Err(ClientError::Refused { step, status: reply.status, kind, detail })
+}
+
+impl KeySource for BrokerClient {
+    fn fetch(&self, uri: &ResourceUri) -> Result<SecretBytes, KeySourceError> {
+        let source_name = format!("the key broker {}", self.config.url);
+        let failed = |error: ClientError| KeySourceError::Failed {
+            uri: uri.clone(),
+            source_name: source_name.clone(),
+            source: Box::new(error),
+        };
+        if uri.host().is_some_and(|host| !self.transport.is_host(host)) {
+            return Err(failed(ClientError::OtherBroker { uri: Box::new(uri.clone()), url: self.config.url.clone() }));
+        }
+        if uri.plugin().is_some_and(|plugin| plugin != "resource") || uri.query().is_some() {
+            return Err(KeySourceError::NotFound { uri: uri.clone(), source_name });
+        }
+        self.get(uri.path()).map_err(|error| match error {
+            ClientError::Refused { status: 404, step: "resource", .. } => {
+                KeySourceError::NotFound { uri: uri.clone(), source_name: source_name.clone() }
+            }
+            ClientError::Refused { status: 403, step: "resource", detail, .. } => {
+                KeySourceError::Denied { uri: uri.clone(), source_name: source_name.clone(), reason: detail }
+            }
+            other => failed(other),
+        })
+    }
+}
+
+impl Clock for BrokerClient {
+    fn now(&self) -> Option<TrustedTime> {
+        let (signed, since) = self.state().time?;
+        Some(TrustedTime { now: signed.plus(since.elapsed()).to_time()?, source: "the broker's signed time" })
+    }
+}
