@@ -12,22 +12,54 @@ use super::{BrokerConfig, ClientError};
 use crate::rcar::SESSION_COOKIE;
 
 /// An answer, whatever its status.
-pub(super) struct Reply {
-    pub(super) status: u16,
-    pub(super) cookie: Option<String>,
-    pub(super) body: Vec<u8>,
+#[derive(Debug)]
+pub struct Reply {
+    /// The HTTP status.
+    pub status: u16,
+    /// The session id of a Set-Cookie header, where there is one.
+    pub session: Option<String>,
+    /// The body, at most as long as was allowed.
+    pub body: Vec<u8>,
 }
 
-pub(super) struct Transport {
+/// Who asks.
+#[derive(Clone, Copy)]
+pub enum Credential<'a> {
+    /// Nobody yet.
+    None,
+    /// The guest of a session.
+    Session(&'a str),
+    /// Whoever holds a token.
+    Bearer(&'a str),
+}
+
+/// What is done to a path.
+#[derive(Clone, Copy)]
+pub enum Call<'a> {
+    /// Reads.
+    Get,
+    /// Writes a body of a content type.
+    Post(&'static str, &'a [u8]),
+    /// Removes.
+    Delete,
+}
+
+/// A checked channel to a broker, for the guest's client and for an administrator's.
+pub struct Transport {
     agent: Agent,
     url: String,
     authority: String,
 }
 
 impl Transport {
-    pub(super) fn new(config: &BrokerConfig) -> Result<Self, ClientError> {
-        let bad = |why: &str| ClientError::Config(format!("'{:.200}' {why}", config.url));
-        let uri: Uri = config.url.parse().map_err(|_| bad("is not a URL"))?;
+    /// Checks the URL and loads the roots; nothing is sent yet.
+    ///
+    /// # Errors
+    /// [`ClientError::Config`]: the URL, the certificate, or a channel that somebody between could impersonate.
+    pub fn new(config: &BrokerConfig) -> Result<Self, ClientError> {
+        let url = config.url.trim_end_matches('/');
+        let bad = |why: &str| ClientError::Config(format!("'{url:.200}' {why}"));
+        let uri: Uri = url.parse().map_err(|_| bad("is not a URL"))?;
         let authority = uri.authority().ok_or_else(|| bad("names no host"))?;
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() || authority.as_str().contains('@') {
             return Err(bad("must be https://host[:port] and nothing more"));
@@ -59,32 +91,54 @@ impl Transport {
             .user_agent(concat!("nacre/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
-        Ok(Self { agent, url: config.url.clone(), authority: authority.as_str().to_owned() })
+        Ok(Self { agent, authority: authority.as_str().to_owned(), url: url.to_owned() })
+    }
+
+    /// The broker's URL.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// Whether a resource URI's host is this broker's.
-    pub(super) fn is_host(&self, host: &str) -> bool {
+    pub fn is_host(&self, host: &str) -> bool {
         host.eq_ignore_ascii_case(&self.authority)
     }
 
-    pub(super) fn post(
+    /// Makes one call. `step` names it in messages.
+    ///
+    /// # Errors
+    /// [`ClientError::Network`], or an answer longer than `limit`.
+    pub fn call(
         &self,
         step: &'static str,
         path: &str,
-        cookie: Option<&str>,
-        body: &[u8],
+        credential: Credential<'_>,
+        call: Call<'_>,
         limit: usize,
     ) -> Result<Reply, ClientError> {
-        let mut request = self.agent.post(format!("{}{path}", self.url)).content_type("application/json");
-        if let Some(cookie) = cookie {
-            request = request.header("cookie", format!("{SESSION_COOKIE}={cookie}"));
-        }
-        self.read(step, request.send(body), limit)
-    }
-
-    pub(super) fn get(&self, step: &'static str, path: &str, token: &str, limit: usize) -> Result<Reply, ClientError> {
-        let request = self.agent.get(format!("{}{path}", self.url)).header("authorization", format!("Bearer {token}"));
-        self.read(step, request.call(), limit)
+        let url = format!("{}{path}", self.url);
+        let header = match credential {
+            Credential::None => None,
+            Credential::Session(id) => Some(("cookie", format!("{SESSION_COOKIE}={id}"))),
+            Credential::Bearer(token) => Some(("authorization", format!("Bearer {token}"))),
+        };
+        let result = match call {
+            Call::Post(content_type, body) => {
+                let mut request = self.agent.post(url).content_type(content_type);
+                if let Some((name, value)) = header {
+                    request = request.header(name, value);
+                }
+                request.send(body)
+            }
+            Call::Get | Call::Delete => {
+                let mut request = if matches!(call, Call::Get) { self.agent.get(url) } else { self.agent.delete(url) };
+                if let Some((name, value)) = header {
+                    request = request.header(name, value);
+                }
+                request.call()
+            }
+        };
+        self.read(step, result, limit)
     }
 
     fn read(
@@ -101,9 +155,10 @@ impl Transport {
         };
         let mut response = result.map_err(fail)?;
         let status = response.status().as_u16();
-        let cookie = response.headers().get_all("set-cookie").iter().find_map(|value| session_of(value.to_str().ok()?));
+        let session =
+            response.headers().get_all("set-cookie").iter().find_map(|value| session_of(value.to_str().ok()?));
         let body = response.body_mut().with_config().limit(limit as u64).read_to_vec().map_err(fail)?;
-        Ok(Reply { status, cookie, body })
+        Ok(Reply { status, session, body })
     }
 }
 

@@ -29,15 +29,16 @@ use crate::{
     ear::{Ear, EarError},
     evidence::{Attester, AttesterError, hex},
     rcar::{
-        Attestation, Challenge, CompositeEvidence, ErrorBody, InitDataMessage, LONGEST_TOKEN, MessageError, Request,
-        RuntimeData, TokenReply, report_data,
+        Attestation, Challenge, CompositeEvidence, ErrorBody, InitDataMessage, LONGEST_CHALLENGE, LONGEST_TOKEN,
+        MessageError, Request, RuntimeData, TokenReply, report_data,
     },
 };
-use http::{Reply, Transport};
+pub use http::{Call, Credential, Reply, Transport};
 use time::BootTime;
 
 /// Bytes of an encrypted resource at most.
 const LONGEST_RESOURCE: usize = 16 * 1024 * 1024;
+const JSON: &str = "application/json";
 /// A token is renewed this long before it ends.
 const RENEW_BEFORE: Duration = Duration::from_secs(30);
 
@@ -226,17 +227,14 @@ impl BrokerClient {
     ///
     /// # Errors
     /// [`ClientError::Config`]: the URL, the certificate, or a channel that the host could impersonate.
-    pub fn new(mut config: BrokerConfig, attester: Arc<dyn Attester>) -> Result<Self, ClientError> {
-        while config.url.ends_with('/') {
-            config.url.pop();
-        }
+    pub fn new(config: BrokerConfig, attester: Arc<dyn Attester>) -> Result<Self, ClientError> {
         let transport = Transport::new(&config)?;
         Ok(Self { config, transport, attester, state: Mutex::default(), attesting: Mutex::default() })
     }
 
     /// The broker's URL.
     pub fn url(&self) -> &str {
-        &self.config.url
+        self.transport.url()
     }
 
     /// Whether the guest only simulates a TEE; whatever shows an attestation shows this too.
@@ -293,9 +291,15 @@ impl BrokerClient {
 
     fn handshake(&self) -> Result<Attested, ClientError> {
         let request = json_bytes(&Request::new(self.attester.tee()));
-        let reply = self.transport.post("auth", "/kbs/v0/auth", None, &request, crate::rcar::LONGEST_CHALLENGE)?;
+        let reply = self.transport.call(
+            "auth",
+            "/kbs/v0/auth",
+            Credential::None,
+            Call::Post(JSON, &request),
+            LONGEST_CHALLENGE,
+        )?;
         let reply = accept("auth", reply)?;
-        let cookie = reply.cookie.ok_or(ClientError::NoSession)?;
+        let session = reply.session.ok_or(ClientError::NoSession)?;
         let challenge =
             Challenge::parse(&reply.body).map_err(|source| ClientError::Message { step: "auth", source })?;
 
@@ -319,7 +323,13 @@ impl BrokerClient {
         // The time is signed after this instant; counting from it can only make our time late by the length of the call, never early.
         let since = BootTime::now();
         let body = json_bytes(&attestation);
-        let reply = self.transport.post("attest", "/kbs/v0/attest", Some(&cookie), &body, LONGEST_TOKEN)?;
+        let reply = self.transport.call(
+            "attest",
+            "/kbs/v0/attest",
+            Credential::Session(&session),
+            Call::Post(JSON, &body),
+            LONGEST_TOKEN,
+        )?;
         let reply = accept("attest", reply)?;
         let token =
             TokenReply::parse(&reply.body).map_err(|source| ClientError::Message { step: "attest", source })?.token;
@@ -373,7 +383,8 @@ impl BrokerClient {
     fn get_with(&self, attested: &Attested, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
         let reply = self.retry(|| {
             let target = format!("/kbs/v0/resource/{path}");
-            accept("resource", self.transport.get("resource", &target, &attested.token, LONGEST_RESOURCE)?)
+            let token = Credential::Bearer(&attested.token);
+            accept("resource", self.transport.call("resource", &target, token, Call::Get, LONGEST_RESOURCE)?)
         })?;
         let fail = |source| ClientError::Decrypt { path: path.clone(), source };
         Jwe::parse(&reply.body).map_err(fail)?.decrypt_with([&attested.tee_key]).map_err(fail)
@@ -382,7 +393,7 @@ impl BrokerClient {
 
 impl fmt::Debug for BrokerClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BrokerClient").field("url", &self.config.url).finish_non_exhaustive()
+        f.debug_struct("BrokerClient").field("url", &self.url()).finish_non_exhaustive()
     }
 }
 
@@ -406,7 +417,11 @@ fn claimed_lifetime(token: &str) -> Duration {
     }
 }
 
-fn accept(step: &'static str, reply: Reply) -> Result<Reply, ClientError> {
+/// Makes an error of every answer but 200.
+///
+/// # Errors
+/// [`ClientError::Refused`] with what the broker says.
+pub fn accept(step: &'static str, reply: Reply) -> Result<Reply, ClientError> {
     if reply.status == 200 {
         return Ok(reply);
     }
@@ -419,14 +434,14 @@ fn accept(step: &'static str, reply: Reply) -> Result<Reply, ClientError> {
 
 impl KeySource for BrokerClient {
     fn fetch(&self, uri: &ResourceUri) -> Result<SecretBytes, KeySourceError> {
-        let source_name = format!("the key broker {}", self.config.url);
+        let source_name = format!("the key broker {}", self.url());
         let failed = |error: ClientError| KeySourceError::Failed {
             uri: uri.clone(),
             source_name: source_name.clone(),
             source: Box::new(error),
         };
         if uri.host().is_some_and(|host| !self.transport.is_host(host)) {
-            return Err(failed(ClientError::OtherBroker { uri: Box::new(uri.clone()), url: self.config.url.clone() }));
+            return Err(failed(ClientError::OtherBroker { uri: Box::new(uri.clone()), url: self.url().to_owned() }));
         }
         if uri.plugin().is_some_and(|plugin| plugin != "resource") || uri.query().is_some() {
             return Err(KeySourceError::NotFound { uri: uri.clone(), source_name });
