@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
 
 mod bench;
+mod fuzz;
 mod lint;
 mod packages;
 mod run;
@@ -27,6 +28,8 @@ enum Task {
     /// Ours and the peers side by side
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// A fuzz target under libFuzzer
+    Fuzz(fuzz::Options),
     /// The crates of the guest's dependency tree, and the direction of dependencies
     Tree,
     /// Runs the commands of a file and prints their time and memory as JSON (used by bench)
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
         Task::Lint => lint::lint(),
         Task::Test(options) => test::test(&options),
         Task::Bench(bench) => bench::bench(&bench),
+        Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Tree => {
             println!("{}", tree::check()?);
             Ok(())

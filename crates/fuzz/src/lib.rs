@@ -1,0 +1,57 @@
+//! Development only: what is fuzzed.
+//!
+//! A [`Target`] is a function that takes any bytes, and must neither panic, nor hang, nor fill the memory. Two things run it: the
+//! programs of `fuzz/` under libFuzzer (`cargo xtask fuzz NAME`), and this crate's own tests, which mutate the seeds for some seconds
+//! with a generator that is the same in each run ([`smoke`]).
+//!
+//! A new parser of untrusted bytes gets an entry in [`TARGETS`], a test in `tests/smoke.rs` and a file in `fuzz/fuzz_targets`; a test
+//! sees to it that none of them is forgotten.
+
+mod images;
+mod names;
+mod signatures;
+pub mod smoke;
+
+/// Something that takes bytes from anywhere.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// What it is called.
+    pub name: &'static str,
+    /// Takes the bytes.
+    pub run: fn(&[u8]),
+    /// Inputs to begin with: good ones, and bad ones that are nearly good.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    Target { name: "reference", run: names::reference, seeds: names::references },
+    Target { name: "uri", run: names::uri, seeds: names::uris },
+    Target { name: "manifest", run: images::manifest, seeds: images::manifests },
+    Target { name: "config", run: images::config, seeds: images::configs },
+    Target { name: "archive", run: images::archive, seeds: images::archives },
+    Target { name: "layout", run: images::layout, seeds: images::layouts },
+    Target { name: "policy", run: signatures::policy, seeds: signatures::policies },
+    Target { name: "lookaside", run: signatures::lookaside, seeds: signatures::lookasides },
+    Target { name: "payload", run: signatures::payload, seeds: signatures::payloads },
+    Target { name: "bundle", run: signatures::bundle, seeds: signatures::bundles },
+    Target { name: "openpgp", run: signatures::openpgp, seeds: signatures::openpgps },
+    Target { name: "jose", run: signatures::jose, seeds: signatures::joses },
+];
+
+/// The target of that name.
+pub fn target(name: &str) -> Option<&'static Target> {
+    TARGETS.iter().find(|target| target.name == name)
+}
+
+/// Runs the target of that name, for the programs of `fuzz/`; nothing happens where there is none.
+pub fn run(name: &str, data: &[u8]) {
+    if let Some(target) = target(name) {
+        (target.run)(data);
+    }
+}
+
+/// Seeds from texts.
+fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
+    texts.iter().map(|text| text.as_bytes().to_vec()).collect()
+}
