@@ -78,6 +78,8 @@ impl OciDirSink {
     pub(super) fn create(path: &Path, name: Option<&str>) -> Result<Self, TransportError> {
         let location = Location::OciDir { path: path.into(), name: name.map(str::to_owned) };
         let (dir, created) = Dir::open_or_create(path)?;
+        // Another copy may be publishing the first image of this layout.
+        let lock = dir.lock()?;
         match dir.read(LAYOUT_FILE, 4096)? {
             Some(version) => layout::check_version(&version, &path.display().to_string())?,
             None if dir.names()?.iter().all(|name| name.starts_with(TEMP_PREFIX)) => {}
@@ -89,6 +91,7 @@ impl OciDirSink {
                 });
             }
         }
+        drop(lock);
         let (temp_name, temp) = dir.make_temp_dir(TEMP_PREFIX)?;
         Ok(Self { location, name: name.map(str::to_owned), dir, created, temp, temp_name, state: Mutex::default() })
     }

@@ -416,10 +416,13 @@ impl TarWriter {
             state.blobs.insert(blob.digest, blob.size);
             start
         };
-        let (digest, size) =
-            files::store(content, expected, &place, |piece, at| self.write_at(piece, start + BLOCK + at))?;
-        self.finish_entry(&name(&digest), start, size)?;
-        self.state().unfinished -= 1;
+        let stored = files::store(content, expected, &place, |piece, at| self.write_at(piece, start + BLOCK + at))
+            .and_then(|(digest, size)| self.finish_entry(&name(&digest), start, size).map(|()| (digest, size)));
+        let mut state = self.state();
+        let (digest, size) = stored.inspect_err(|_| {
+            state.blobs.remove(&blob.digest);
+        })?;
+        state.unfinished -= 1;
         Ok((digest, size))
     }
 

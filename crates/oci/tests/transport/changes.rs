@@ -1,0 +1,1 @@
+//! A copy that fails leaves the destination as it was.
