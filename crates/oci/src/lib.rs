@@ -3,6 +3,7 @@
 //! Data flows from a [`source`] through [`manifest`] parsing, [`trust`] and [`crypt`] into [`unpack`]; `copy` is the shipping side.
 //! This crate knows nothing of brokers, stores or mounts: keys come through [`nacre_core::KeySource`].
 
+#[cfg(feature = "sign")]
 pub mod copy;
 pub mod crypt;
 pub mod manifest;

@@ -136,6 +136,7 @@ pub(super) fn copy_index(
     raw: &RawManifest,
     depth: usize,
     images: &mut Vec<CopiedImage>,
+    manifests: &mut Vec<RawManifest>,
 ) -> Result<RawManifest, CopyError> {
     debug_assert!(matches!(job.options.platforms, Platforms::All), "an index is only copied as a whole");
     let invalid = CopyError::manifest(job.source);
@@ -151,7 +152,7 @@ pub(super) fn copy_index(
                 reason: "it has another size or media type than the index says".into(),
             }));
         }
-        let copied = job.manifest(&member, Some(entry), depth + 1, images)?;
+        let copied = job.manifest(&member, Some(entry), depth + 1, images, manifests)?;
         job.sink.put_manifest(&copied)?;
         any_oci |= plan::format_of(&copied) == Format::Oci;
         if copied.digest() != member.digest() {

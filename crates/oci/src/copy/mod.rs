@@ -12,7 +12,9 @@ mod image;
 mod layer;
 mod parallel;
 mod plan;
+mod sign;
 mod signatures;
+mod store;
 mod streams;
 
 use std::{collections::BTreeMap, io};
@@ -23,9 +25,11 @@ use crate::{
     crypt::{CryptError, LayerSecret},
     manifest::{Compression, Descriptor, Index, ManifestError, Platform, RawManifest, verify_manifest},
     source::{ImageSink, ImageSource, TransportError},
+    trust::{LookasideConfig, sign::SignError},
 };
 
 pub use plan::EncryptLayers;
+pub use sign::{Sign, SigningKey};
 
 /// How deep indexes may be in one another.
 const DEPTH_LIMIT: usize = 3;
@@ -126,6 +130,10 @@ pub struct CopyOptions<'a> {
     pub encrypt: Option<(&'a dyn WrapLayerKey, &'a EncryptLayers)>,
     /// Signatures of the source.
     pub signatures: ExistingSignatures,
+    /// Who signs the copy, as what.
+    pub sign: Option<Sign<'a>>,
+    /// Where registries' GPG signatures are read and written that the registry itself does not store (registries.d).
+    pub lookaside: Option<&'a LookasideConfig>,
     /// How many blobs are copied at once.
     pub parallel: usize,
     /// The most bytes of a layer when it is decompressed.
@@ -143,6 +151,8 @@ impl Default for CopyOptions<'_> {
             decrypt: None,
             encrypt: None,
             signatures: ExistingSignatures::default(),
+            sign: None,
+            lookaside: None,
             parallel: 3,
             layer_limit: 256 << 30,
             progress: &nacre_core::NoProgress,
@@ -234,6 +244,9 @@ pub enum CopyError {
     /// What was asked for does not go together.
     #[error("{0}")]
     Unsupported(String),
+    /// No signature could be made.
+    #[error(transparent)]
+    Sign(#[from] SignError),
     /// Signatures would be lost.
     #[error(
         "the source has {count} signatures, which cannot be kept: {reason}; leave them behind with --remove-signatures"
@@ -275,10 +288,12 @@ impl CopyError {
 /// [`CopyError`]; the destination then is as it was before.
 pub fn copy(source: &Source<'_>, sink: &dyn ImageSink, options: &CopyOptions<'_>) -> Result<Copied, CopyError> {
     let job = Job { source: source.transport, sink, options };
+    let signer = options.sign.as_ref().map(|sign| sign.prepare(sink.location())).transpose()?;
     let root = job.choose(source.manifest.get())?;
-    let mut images = Vec::new();
-    let copied = job.manifest(&root, None, 0, &mut images)?;
+    let (mut images, mut manifests) = (Vec::new(), Vec::new());
+    let copied = job.manifest(&root, None, 0, &mut images, &mut manifests)?;
     let signatures_kept = signatures::keep(&job, &root, &copied, &images)?;
+    let signatures_made = signer.map_or(Ok(0), |signer| signer.sign(&job, &manifests))?;
     sink.commit(&copied)?;
     Ok(Copied {
         digest: *copied.digest(),
@@ -286,7 +301,7 @@ pub fn copy(source: &Source<'_>, sink: &dyn ImageSink, options: &CopyOptions<'_>
         changed: copied.digest() != root.digest(),
         images,
         signatures_kept,
-        signatures_made: 0,
+        signatures_made,
     })
 }
 
@@ -323,24 +338,29 @@ impl Job<'_> {
         Ok(verify_manifest(raw, digest).map_err(CopyError::manifest(self.source))?.into_inner())
     }
 
-    /// Copies what a manifest or index names, but not itself; gives it as it is to be at the destination.
+    /// Copies what a manifest or index names, but not itself; gives it as it is to be at the destination, and adds it to
+    /// `manifests`.
     fn manifest(
         &self,
         raw: &RawManifest,
         entry: Option<&Descriptor>,
         depth: usize,
         images: &mut Vec<CopiedImage>,
+        manifests: &mut Vec<RawManifest>,
     ) -> Result<RawManifest, CopyError> {
         if !raw.is_index() {
             let (copied, layers) = image::copy(self, raw, entry)?;
             let platform = entry.and_then(|entry| entry.platform.clone());
             images.push(CopiedImage { from: *raw.digest(), to: *copied.digest(), platform, layers });
+            manifests.push(copied.clone());
             return Ok(copied);
         }
         if depth >= DEPTH_LIMIT {
             let problem = format!("indexes are more than {DEPTH_LIMIT} deep in one another");
             return Err(CopyError::Unsupported(problem));
         }
-        image::copy_index(self, raw, depth, images)
+        let copied = image::copy_index(self, raw, depth, images, manifests)?;
+        manifests.push(copied.clone());
+        Ok(copied)
     }
 }

@@ -1,23 +1,19 @@
-//! The signatures that an image has at its source, and how others are added at the destination.
-//!
-//! cosign keeps the signatures of a manifest in an artifact under the tag `sha256-<hex>.sig`, a layer each; adding one is writing
-//! that artifact with a layer more. Newer ones are artifacts of their own, whose `subject` is the manifest.
+//! Copies the signatures that an image has at its source.
 
-use std::{collections::BTreeMap, sync::atomic::AtomicBool};
+use std::sync::atomic::AtomicBool;
 
 use nacre_core::{Digest, Verified};
-use serde_json::json;
 
-use super::{CopiedImage, CopyError, ExistingSignatures, Job, layer};
-use crate::{
-    manifest::{Descriptor, Manifest, ManifestError, RawManifest, media, verify_manifest},
-    source::{SignatureStorage, TransportError},
+use super::{
+    CopiedImage, CopyError, ExistingSignatures, Job, layer,
+    store::{self, Attachment},
 };
-
-/// The tag of cosign's signatures of a manifest.
-pub(super) fn cosign_tag(manifest: &Digest) -> String {
-    format!("{}-{}.sig", manifest.algorithm().name(), manifest.hex())
-}
+use crate::{
+    manifest::{Manifest, RawManifest, media, verify_manifest},
+    reference::Location,
+    source::{SignatureStorage, TransportError},
+    trust::{SIGNATURE_LIMIT, SIGNATURES_LIMIT, decode_blob, signature_tag},
+};
 
 /// Copies the signatures of everything that was copied; how many there were.
 pub(super) fn keep(
@@ -34,8 +30,8 @@ pub(super) fn keep(
     pairs.extend(images.iter().map(|image| (image.from, image.to)).filter(|pair| pair.0 != *root.digest()));
     let mut kept = 0;
     for (from, to) in pairs {
-        kept += keep_native(job, storage, &from, &to)?;
-        kept += keep_tagged(job, storage, &from, &to)?;
+        kept += keep_gpg(job, storage, &from, &to)?;
+        kept += keep_attachments(job, storage, &from, &to)?;
         kept += keep_referrers(job, storage, &from, &to)?;
     }
     Ok(kept)
@@ -50,38 +46,68 @@ fn unchanged(count: usize, from: &Digest, to: &Digest) -> Result<(), CopyError> 
 }
 
 /// What a destination says that stores no signatures of a kind.
-fn lost(count: usize) -> impl Fn(TransportError) -> CopyError {
+fn lost(count: usize) -> impl Fn(CopyError) -> CopyError {
     move |error| match error {
-        TransportError::Unsupported { .. } => CopyError::SignaturesLost { count, reason: error.to_string() },
-        other => other.into(),
+        CopyError::Transport(error @ TransportError::Unsupported { .. }) => {
+            CopyError::SignaturesLost { count, reason: error.to_string() }
+        }
+        other => other,
     }
 }
 
-fn keep_native(job: &Job<'_>, storage: &dyn SignatureStorage, from: &Digest, to: &Digest) -> Result<usize, CopyError> {
-    let found = storage.native(from)?;
+/// Those that are stored beside the image, GPG's and (in directories) cosign's, and those of the lookaside.
+fn keep_gpg(job: &Job<'_>, storage: &dyn SignatureStorage, from: &Digest, to: &Digest) -> Result<usize, CopyError> {
+    let mut found: Vec<Vec<u8>> = storage.native(from)?.into_iter().map(|blob| blob.peek().clone()).collect();
+    if let (Location::Docker(image), Some(lookaside)) = (job.source.location(), job.options.lookaside) {
+        for number in 1..=SIGNATURES_LIMIT {
+            let Some(url) = lookaside.read_url(image, from, number) else { break };
+            let Some(blob) = storage.get(&url, SIGNATURE_LIMIT)? else { break };
+            found.push(blob.peek().clone());
+        }
+    }
     unchanged(found.len(), from, to)?;
     for signature in &found {
-        job.sink.put_native_signature(to, signature.peek()).map_err(lost(found.len()))?;
+        match decode_blob(signature) {
+            Some((payload, annotations)) => store::put_cosign(job, to, &[Attachment { payload, annotations }]),
+            None => store::put_gpg(job, to, signature),
+        }
+        .map_err(lost(found.len()))?;
     }
     Ok(found.len())
 }
 
-fn keep_tagged(job: &Job<'_>, storage: &dyn SignatureStorage, from: &Digest, to: &Digest) -> Result<usize, CopyError> {
-    let tag = cosign_tag(from);
-    let Some(raw) = storage.tagged(&tag)? else { return Ok(0) };
-    let raw = raw.peek();
-    let manifest = Manifest::parse(raw).map_err(CopyError::manifest(job.source))?;
-    let count = manifest.layers.len();
+/// cosign's, under the signature tag.
+fn keep_attachments(
+    job: &Job<'_>,
+    storage: &dyn SignatureStorage,
+    from: &Digest,
+    to: &Digest,
+) -> Result<usize, CopyError> {
+    let Some(raw) = storage.tagged(&signature_tag(from))? else { return Ok(0) };
+    let manifest = Manifest::parse(raw.peek()).map_err(CopyError::manifest(job.source))?;
+    let layers = || manifest.layers.iter().filter(|layer| layer.media_type == media::COSIGN_PAYLOAD);
+    let count = layers().count();
     unchanged(count, from, to)?;
-    copy_blobs(job, &manifest)?;
-    if existing(job, &tag)?.is_some() {
-        put_signatures(job, &tag, manifest.layers)?;
-    } else {
-        job.sink.put_tagged(raw, &tag).map_err(lost(count))?;
+    if count > SIGNATURES_LIMIT {
+        let what = format!("the number of signatures of {from}");
+        let place = job.source.location().to_string();
+        return Err(TransportError::TooLarge { what, place, limit: SIGNATURES_LIMIT as u64 }.into());
     }
+    let mut attachments = Vec::new();
+    for layer in layers() {
+        let payload = storage.small_blob(layer, SIGNATURE_LIMIT)?.peek().clone();
+        let (expected, found) = (layer.digest, Digest::of(layer.digest.algorithm(), &payload));
+        if found != expected {
+            let what = format!("a signature of {from}");
+            return Err(TransportError::DigestMismatch { what, expected, found }.into());
+        }
+        attachments.push(Attachment { payload, annotations: layer.annotations.clone() });
+    }
+    store::put_cosign(job, to, &attachments).map_err(lost(count))?;
     Ok(count)
 }
 
+/// Sigstore bundles among the referrers.
 fn keep_referrers(
     job: &Job<'_>,
     storage: &dyn SignatureStorage,
@@ -91,63 +117,19 @@ fn keep_referrers(
     let found = storage.referrers(from, Some(media::SIGSTORE_BUNDLE))?;
     unchanged(found.len(), from, to)?;
     let invalid = CopyError::manifest(job.source);
+    let stop = AtomicBool::new(false);
     for descriptor in &found {
         let raw: Verified<RawManifest> =
             verify_manifest(storage.by_digest(&descriptor.digest)?, &descriptor.digest).map_err(&invalid)?;
-        copy_blobs(job, &Manifest::parse(raw.get()).map_err(&invalid)?)?;
-        job.sink.put_manifest(raw.get()).map_err(lost(found.len()))?;
+        let manifest = Manifest::parse(raw.get()).map_err(&invalid)?;
+        if matches!(job.sink.location(), Location::Dir(_) | Location::DockerArchive { .. }) {
+            let reason = format!("{} stores no sigstore bundles", job.sink.location());
+            return Err(CopyError::SignaturesLost { count: found.len(), reason });
+        }
+        for blob in manifest.layers.iter().chain([&manifest.config]) {
+            layer::verbatim(job, blob, &nacre_core::NoProgress, &stop)?;
+        }
+        job.sink.put_manifest(raw.get())?;
     }
     Ok(found.len())
-}
-
-/// Copies the blobs of an artifact.
-fn copy_blobs(job: &Job<'_>, manifest: &Manifest) -> Result<(), CopyError> {
-    let stop = AtomicBool::new(false);
-    for blob in manifest.layers.iter().chain([&manifest.config]) {
-        layer::verbatim(job, blob, &nacre_core::NoProgress, &stop)?;
-    }
-    Ok(())
-}
-
-/// The destination's signatures of a manifest as they are there now.
-fn existing(job: &Job<'_>, tag: &str) -> Result<Option<Manifest>, CopyError> {
-    let Some(raw) = job.sink.tagged(tag)? else { return Ok(None) };
-    let place = job.sink.location().to_string();
-    Manifest::parse(raw.peek()).map(Some).map_err(|source| CopyError::Manifest { place, source })
-}
-
-/// Writes cosign's signatures of a manifest: `layers`, after those that the destination has, which are kept. Their blobs are there
-/// already.
-fn put_signatures(job: &Job<'_>, tag: &str, layers: Vec<Descriptor>) -> Result<(), CopyError> {
-    let count = layers.len();
-    let mut manifest = existing(job, tag)?.unwrap_or_else(|| Manifest {
-        schema_version: 2,
-        media_type: Some(media::OCI_MANIFEST.into()),
-        artifact_type: None,
-        config: Descriptor::of(media::OCI_CONFIG, b""),
-        layers: Vec::new(),
-        subject: None,
-        annotations: BTreeMap::new(),
-    });
-    for layer in layers {
-        if !manifest.layers.contains(&layer) {
-            manifest.layers.push(layer);
-        }
-    }
-    // It is an image by its form, and readers compare its config with its layers.
-    let diff_ids: Vec<Digest> = manifest.layers.iter().map(|layer| layer.digest).collect();
-    let config = json!({
-        "architecture": "",
-        "config": {},
-        "os": "",
-        "rootfs": { "type": "layers", "diff_ids": diff_ids },
-    });
-    let config = config.to_string().into_bytes();
-    manifest.config = Descriptor::of(media::OCI_CONFIG, &config);
-    job.sink.put_blob(&mut config.as_slice(), Some(&manifest.config))?;
-    let invalid = |source| CopyError::Manifest { place: job.sink.location().to_string(), source };
-    let bytes = serde_json::to_vec(&manifest)
-        .map_err(|source| invalid(ManifestError::Json { what: "signature manifest", source }))?;
-    let raw = RawManifest::new(bytes, Some(media::OCI_MANIFEST)).map_err(invalid)?;
-    job.sink.put_tagged(&raw, tag).map_err(lost(count))
 }

@@ -4,7 +4,7 @@ use std::io::Read;
 
 use base64::Engine as _;
 use http::{Method, header};
-use nacre_core::Digest;
+use nacre_core::{Digest, Untrusted};
 use serde_json::json;
 
 use super::{
@@ -146,6 +146,15 @@ impl ImageSink for DockerSink {
 
     fn put_blob(&self, content: &mut dyn Read, expected: Option<&Descriptor>) -> Result<(Digest, u64), TransportError> {
         Upload { remote: &self.remote, scope: self.push() }.put(content, expected)
+    }
+
+    fn tagged(&self, tag: &str) -> Result<Option<Untrusted<RawManifest>>, TransportError> {
+        let what = format!("manifest {tag}");
+        match self.remote.retrying(&what, || self.remote.manifest(tag)) {
+            Ok(raw) => Ok(Some(Untrusted::new(raw))),
+            Err((Failure::NotFound, _)) => Ok(None),
+            Err((failure, attempts)) => Err(failure.into_error(&what, &self.remote.place(), attempts)),
+        }
     }
 
     fn put_manifest(&self, manifest: &RawManifest) -> Result<(), TransportError> {

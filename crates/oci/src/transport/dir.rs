@@ -5,7 +5,7 @@
 //! manifest.json         the manifest or index
 //! <hex>.manifest.json   the manifests of an index, by their digests
 //! <hex>                 blobs, by their digests
-//! signature-N           simple-signing signatures of manifest.json, N from 1
+//! signature-N           signatures of manifest.json, N from 1: simple signing, or cosign's after "\0sigstore-json\n"
 //! <hex>-signature-N     those of the manifest of that digest
 //! ```
 //!
@@ -34,8 +34,6 @@ const VERSION_START: &[u8] = b"Directory Transport Version: 1.";
 const MANIFEST_FILE: &str = "manifest.json";
 const SIGNATURE_LIMIT: usize = 128;
 const SIGNATURE_SIZE: usize = 4 << 20;
-/// How a file begins that holds a signature of another kind than simple signing.
-const OTHER_FORMAT: u8 = 0;
 
 /// An image in a directory.
 pub(super) struct DirSource {
@@ -137,9 +135,7 @@ impl SignatureStorage for DirSource {
                 let what = "the number of signatures".to_owned();
                 return Err(TransportError::TooLarge { what, place: self.place(), limit: SIGNATURE_LIMIT as u64 });
             }
-            if signature.first() != Some(&OTHER_FORMAT) {
-                found.push(Untrusted::new(signature));
-            }
+            found.push(Untrusted::new(signature));
         }
         Ok(found)
     }

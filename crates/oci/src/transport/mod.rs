@@ -19,8 +19,31 @@ pub use tar::{TarError, TarIndex};
 
 use crate::{
     reference::Location,
+    registry::{Client, DockerSink, DockerSource},
     source::{ImageSink, ImageSource, TransportError},
 };
+
+/// Opens an image for reading, wherever it is.
+///
+/// # Errors
+/// [`TransportError`]
+pub fn open_source(location: &Location, client: &Client) -> Result<Box<dyn ImageSource>, TransportError> {
+    match location {
+        Location::Docker(reference) => Ok(Box::new(DockerSource::new(client, reference)?)),
+        _ => open_local_source(location),
+    }
+}
+
+/// Opens a place for writing an image to it.
+///
+/// # Errors
+/// [`TransportError`]
+pub fn open_sink(location: &Location, client: &Client) -> Result<Box<dyn ImageSink>, TransportError> {
+    match location {
+        Location::Docker(reference) => Ok(Box::new(DockerSink::new(client, reference)?)),
+        _ => open_local_sink(location),
+    }
+}
 
 /// Opens an image in a directory or an archive for reading.
 ///

@@ -265,9 +265,16 @@ fn parse_blob(json: &[u8]) -> Result<Option<Attachment>, JsonError> {
     Ok(Some(Attachment { payload, annotations }))
 }
 
+/// The payload and the annotations of a cosign signature that `dir:` stores; `None` for one of another kind.
+#[cfg(feature = "sign")]
+pub(crate) fn decode_blob(blob: &[u8]) -> Option<(Vec<u8>, BTreeMap<String, String>)> {
+    let attachment = parse_blob(blob.strip_prefix(TAGGED_BLOB)?).ok()??;
+    Some((attachment.payload, attachment.annotations))
+}
+
 /// A cosign signature as `dir:` stores it, beside GPG's.
 #[cfg(feature = "sign")]
-pub(super) fn encode_blob(payload: &[u8], annotations: &BTreeMap<String, String>) -> Vec<u8> {
+pub(crate) fn encode_blob(payload: &[u8], annotations: &BTreeMap<String, String>) -> Vec<u8> {
     let json = serde_json::json!({
         "mimeType": media::COSIGN_PAYLOAD,
         "payload": STANDARD.encode(payload),

@@ -33,6 +33,8 @@ pub mod sign;
 use nacre_core::{Clock, Digest};
 use time::format_description::well_known::Rfc3339;
 
+#[cfg(feature = "sign")]
+pub(crate) use self::collect::{decode_blob, encode_blob};
 pub use self::{
     admission::{Admission, AdmissionRules, Encryption, Kind},
     bundle::Bundle,
