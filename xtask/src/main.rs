@@ -10,6 +10,8 @@ mod run;
 mod test;
 mod tree;
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -40,16 +42,17 @@ enum Task {
     },
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().task {
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
         Task::Lint => lint::lint(),
         Task::Test(options) => test::test(&options),
         Task::Bench(bench) => bench::bench(&bench),
         Task::Fuzz(options) => fuzz::fuzz(&options),
-        Task::Tree => {
-            println!("{}", tree::check()?);
-            Ok(())
-        }
+        Task::Tree => tree::check().map(|report| println!("{report}")),
         Task::Measure { spec } => bench::measure::child(&spec),
+    };
+    if let Err(error) = &result {
+        eprintln!("xtask: {error:#}");
     }
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
