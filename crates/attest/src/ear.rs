@@ -1,12 +1,14 @@
 //! Attestation results: EAT Attestation Results (EAR) as ES256 JWT, in Trustee's profile.
 //!
-//!     eat_profile  "tag:github.com,2024:confidential-containers/Trustee"
-//!     iat nbf exp  seconds since 1970, by the broker's clock
-//!     iss          the broker's name
-//!     ear.verifier-id  {build, developer}
-//!     submods.cpu0 {"ear.status", "ear.trustworthiness-vector", "ear.appraisal-policy-id", "ear.veraison.annotated-evidence": {
-//!                     "<tee>": {…}, "report_data", "runtime_data_claims": {"nonce","tee-pubkey"}, "init_data", "init_data_claims"}}
-//!     nacre.simulated  true, only when the TEE is a simulation
+//! ```text
+//! eat_profile  "tag:github.com,2024:confidential-containers/Trustee"
+//! iat nbf exp  seconds since 1970, by the broker's clock
+//! iss          the broker's name
+//! ear.verifier-id  {build, developer}
+//! submods.cpu0 {"ear.status", "ear.trustworthiness-vector", "ear.appraisal-policy-id", "ear.veraison.annotated-evidence": {
+//!                 "<tee>": {…}, "report_data", "runtime_data_claims": {"nonce","tee-pubkey"}, "init_data", "init_data_claims"}}
+//! nacre.simulated  true, only when the TEE is a simulation
+//! ```
 //!
 //! The status is the worst tier of the vector (AR4SI §2.3): 0, ±1 none; −32…31 affirming; −96…95 warning; beyond contraindicated.
 

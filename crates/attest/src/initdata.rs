@@ -1,9 +1,11 @@
 //! Init data: the configuration that a guest is started with, and that its TEE measures.
 //!
-//!     algorithm = "sha384"
-//!     version = "0.1.0"
-//!     [data]
-//!     "nacre.toml" = '''…'''
+//! ```text
+//! algorithm = "sha384"
+//! version = "0.1.0"
+//! [data]
+//! "nacre.toml" = '''…'''
+//! ```
 //!
 //! The digest is over the exact bytes of the file. A TEE's field for it has a fixed width: a longer digest is cut, a shorter one padded
 //! with zeros ([`InitData::fit`]). Whoever trusts a measurement trusts what the init data says: the broker's certificate, the

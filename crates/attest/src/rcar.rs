@@ -1,8 +1,10 @@
 //! The messages of the key broker protocol (RCAR: Request, Challenge, Attestation, Response), version 0.4, as Trustee speaks it.
 //!
-//!     POST /kbs/v0/auth     Request      → Challenge, Set-Cookie: kbs-session-id
-//!     POST /kbs/v0/attest   Attestation  → {"token": JWT}
-//!     GET  /kbs/v0/resource/<repository>/<type>/<tag>  → flattened JWE to the TEE key
+//! ```text
+//! POST /kbs/v0/auth     Request      → Challenge, Set-Cookie: kbs-session-id
+//! POST /kbs/v0/attest   Attestation  → {"token": JWT}
+//! GET  /kbs/v0/resource/<repository>/<type>/<tag>  → flattened JWE to the TEE key
+//! ```
 //!
 //! Every parser here is pure, takes bytes, and refuses what is longer than its limit. The binding between the TEE's evidence and the
 //! session is [`report_data`]: whoever changes the nonce, the TEE key or the additional evidence changes the hash.

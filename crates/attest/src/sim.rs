@@ -6,13 +6,15 @@
 //!
 //! Evidence: `{"simulated": true, "report": "<compact JWS, ES256, kid = platform key's thumbprint>"}` with the claims
 //!
-//!     profile      "nacre-sim-report-1"
-//!     simulated    true
-//!     measurement  hex SHA-384 of the guest's executable
-//!     init_data    hex, 48 bytes: the init data's digest cut or padded; 48 zero bytes without init data
-//!     report_data  hex, 64 bytes
-//!     svn          the security version of the guest
-//!     debug        whether the guest can be looked into
+//! ```text
+//! profile      "nacre-sim-report-1"
+//! simulated    true
+//! measurement  hex SHA-384 of the guest's executable
+//! init_data    hex, 48 bytes: the init data's digest cut or padded; 48 zero bytes without init data
+//! report_data  hex, 64 bytes
+//! svn          the security version of the guest
+//! debug        whether the guest can be looked into
+//! ```
 
 use std::{
     io::Read as _,

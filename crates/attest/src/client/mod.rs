@@ -1,6 +1,8 @@
 //! The guest's side of the exchange: attest to a broker, fetch secrets, know the time.
 //!
-//!     auth ─▶ evidence ─▶ attest ─▶ token (cached) ─▶ GET resource ─▶ JWE opened with the TEE key
+//! ```text
+//! auth ─▶ evidence ─▶ attest ─▶ token (cached) ─▶ GET resource ─▶ JWE opened with the TEE key
+//! ```
 //!
 //! Channel: a secret must come from a broker that the host cannot impersonate. The JWE only keeps it from being read; it would not keep
 //! a false broker from handing out false keys, policies or times. So `https` is required, verified by the certificate that the

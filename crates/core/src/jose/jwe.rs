@@ -1,8 +1,10 @@
 //! JSON Web Encryption (RFC 7516): compact, flattened and general serialisation, content always A256GCM.
 //!
-//!     flattened  {"protected","encrypted_key","iv","ciphertext","tag"}        one recipient; what the key broker answers
-//!     general    {"protected","recipients":[{"header","encrypted_key"}],"iv","ciphertext","tag"}
-//!     compact    protected.encrypted_key.iv.ciphertext.tag
+//! ```text
+//! flattened  {"protected","encrypted_key","iv","ciphertext","tag"}        one recipient; what the key broker answers
+//! general    {"protected","recipients":[{"header","encrypted_key"}],"iv","ciphertext","tag"}
+//! compact    protected.encrypted_key.iv.ciphertext.tag
+//! ```
 //!
 //! With one recipient all header members are protected, as compact JSON in the order alg, enc, epk{crv,kty,x,y}: Trustee's client parses
 //! and writes the header again before it uses it as associated data. With several, `enc` is protected and the rest is in each

@@ -1,7 +1,9 @@
 //! The layer cipher `AES_256_CTR_HMAC_SHA256` and the two documents that describe its use.
 //!
-//!     PUB   {"cipher":"AES_256_CTR_HMAC_SHA256","hmac":"<b64 32 bytes>","cipheroptions":{}}
-//!     PRIV  {"symkey":"<b64 32 bytes>","digest":"sha256:<plaintext blob>","cipheroptions":{"nonce":"<b64 16 bytes>"}}
+//! ```text
+//! PUB   {"cipher":"AES_256_CTR_HMAC_SHA256","hmac":"<b64 32 bytes>","cipheroptions":{}}
+//! PRIV  {"symkey":"<b64 32 bytes>","digest":"sha256:<plaintext blob>","cipheroptions":{"nonce":"<b64 16 bytes>"}}
+//! ```
 //!
 //! PUB stands in the clear in the annotation `org.opencontainers.image.enc.pubopts`, PRIV wrapped in those of the keys. The nonce is
 //! the whole initial counter block, 128 bits big-endian; it is looked up in PUB, then in PRIV. The HMAC has the same key and is

@@ -1,8 +1,10 @@
 //! Sigstore bundles, v0.3, as cosign 3 attaches them to an image through the referrers API.
 //!
-//!     {"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "verificationMaterial": {"publicKey": {"hint": s}, …},
-//!      "dsseEnvelope": {"payload": b64, "payloadType": "application/vnd.in-toto+json", "signatures": [{"sig": b64}]}
-//!      | "messageSignature": {"messageDigest": {"algorithm": "SHA2_256", "digest": b64}, "signature": b64}}
+//! ```text
+//! {"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "verificationMaterial": {"publicKey": {"hint": s}, …},
+//!  "dsseEnvelope": {"payload": b64, "payloadType": "application/vnd.in-toto+json", "signatures": [{"sig": b64}]}
+//!  | "messageSignature": {"messageDigest": {"algorithm": "SHA2_256", "digest": b64}, "signature": b64}}
+//! ```
 //!
 //! The envelope holds an in-toto statement of type `https://sigstore.dev/cosign/sign/v1` whose subject is the image's digest; a message
 //! signature is over the manifest's bytes. Neither signs a name, unless the subject has one (ours do). Verified with keys only: a

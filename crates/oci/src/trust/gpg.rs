@@ -1,6 +1,8 @@
 //! GPG simple signing: a binary OpenPGP message that holds the payload and one signature of it.
 //!
-//!     [compressed {] one-pass signature, literal data, signature [}]
+//! ```text
+//! [compressed {] one-pass signature, literal data, signature [}]
+//! ```
 //!
 //! Exactly these packets, once each: a second signature or trailing data could be what another reader believes. Armor is refused, as
 //! containers-signature(5) says. Only the keys of the rule's keyrings count; see [`super::gpg_key`] for when a key is good.

@@ -1,7 +1,9 @@
 //! registries.d, containers-registries.d(5): where GPG signatures of a registry's images are, and whether cosign's are looked for.
 //!
-//!     default-docker: {lookaside: URL, lookaside-staging: URL, use-sigstore-attachments: bool}
-//!     docker: {NAMESPACE: {…the same…}}
+//! ```text
+//! default-docker: {lookaside: URL, lookaside-staging: URL, use-sigstore-attachments: bool}
+//! docker: {NAMESPACE: {…the same…}}
+//! ```
 //!
 //! `sigstore` and `sigstore-staging` are the old names. All `*.yaml` files of the directory count together; what two of them define
 //! differently is an error. Namespaces are those of policy.json's docker scopes; per setting, the most specific one that has it decides.

@@ -1,6 +1,8 @@
 //! Whether an image is to be trusted: the policy (policy.json), signatures, and which kinds of image may run.
 //!
-//!     Policy + requested name + manifests + stored signatures ──evaluate──▶ Admitted ──admit──▶ Admission
+//! ```text
+//! Policy + requested name + manifests + stored signatures ──evaluate──▶ Admitted ──admit──▶ Admission
+//! ```
 //!
 //! [`Admitted`] and [`Admission`] are proofs with private fields: unpacking takes an [`Admission`], so that code which forgot to ask does
 //! not compile. There is no way to have no policy: [`Policy::insecure_accept_anything`] must be chosen by name.

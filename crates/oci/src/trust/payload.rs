@@ -1,7 +1,9 @@
 //! The signed statement of simple signing, of GPG and of cosign, containers-signature(5):
 //!
-//!     {"critical":{"type":T,"image":{"docker-manifest-digest":D},"identity":{"docker-reference":R}},
-//!      "optional":{"creator":string,"timestamp":integer,…}|null}
+//! ```text
+//! {"critical":{"type":T,"image":{"docker-manifest-digest":D},"identity":{"docker-reference":R}},
+//!  "optional":{"creator":string,"timestamp":integer,…}|null}
+//! ```
 //!
 //! Everything in `critical` must be understood and nothing may be missing; `optional` decides nothing. Parsed only after the signature
 //! over these bytes held.

@@ -1,6 +1,8 @@
 //! policy.json, containers-policy.json(5): what must be true of an image before it is used.
 //!
-//!     {"default": [REQUIREMENT…], "transports": {TRANSPORT: {SCOPE: [REQUIREMENT…]}}}
+//! ```text
+//! {"default": [REQUIREMENT…], "transports": {TRANSPORT: {SCOPE: [REQUIREMENT…]}}}
+//! ```
 //!
 //! Parsing is strict, since a misspelt rule must not become a missing one: unknown fields, keys that are there twice, empty lists of
 //! requirements and scopes that could never match are refused, and so is the whole policy. Every requirement of the one scope that

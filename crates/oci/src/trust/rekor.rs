@@ -1,6 +1,8 @@
 //! A transparency log's promise that it has an entry, as cosign keeps it in `dev.sigstore.cosign/bundle`:
 //!
-//!     {"SignedEntryTimestamp": b64, "Payload": {"body": b64, "integratedTime": n, "logIndex": n, "logID": s}}
+//! ```text
+//! {"SignedEntryTimestamp": b64, "Payload": {"body": b64, "integratedTime": n, "logIndex": n, "logID": s}}
+//! ```
 //!
 //! The promise is an ECDSA signature over the canonical JSON (RFC 8785) of the payload; the body is a `hashedrekord` 0.0.1 that must be
 //! about this very signature, key and payload. Verified offline; whether the log really keeps the entry is not asked.

@@ -2,8 +2,10 @@
 //!
 //! The encrypted form, `ENCRYPTED SIGSTORE PRIVATE KEY` (before: `ENCRYPTED COSIGN PRIVATE KEY`), is JSON in PEM:
 //!
-//!     {"kdf":{"name":"scrypt","params":{"N":65536,"r":8,"p":1},"salt":b64},
-//!      "cipher":{"name":"nacl/secretbox","nonce":b64},"ciphertext":b64}
+//! ```text
+//! {"kdf":{"name":"scrypt","params":{"N":65536,"r":8,"p":1},"salt":b64},
+//!  "cipher":{"name":"nacl/secretbox","nonce":b64},"ciphertext":b64}
+//! ```
 //!
 //! with PKCS#8 DER as its plaintext.
 
