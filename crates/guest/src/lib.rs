@@ -1,1 +1,3 @@
 //! What runs in the guest: image store, composition, bundles, the attestation agent.
+
+pub mod bundle;
