@@ -341,7 +341,9 @@ pub fn teardown(bundle: &Path) -> Result<(), ComposeError> {
     for path in [&rootfs, bundle] {
         match fs::remove_dir(path) {
             // Somebody else's files.
-            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => break,
+            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => {
+                break;
+            }
             result => gone("remove", path, result)?,
         }
     }

@@ -320,7 +320,11 @@ fn hostname(want: &Overrides) -> Result<String, ConfigError> {
     let fits = !name.is_empty()
         && name.len() <= 64
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'));
-    if fits { Ok(name.to_owned()) } else { Err(value("host name", name, "is not 1 to 64 letters, digits, '-' and '.'")) }
+    if fits {
+        Ok(name.to_owned())
+    } else {
+        Err(value("host name", name, "is not 1 to 64 letters, digits, '-' and '.'"))
+    }
 }
 
 fn mounts(want: &Overrides, machine: &Machine) -> Result<Vec<Mount>, ConfigError> {
@@ -349,7 +353,11 @@ fn mounts(want: &Overrides, machine: &Machine) -> Result<Vec<Mount>, ConfigError
         let destination = directory("mount point", &bind.destination)?;
         let source = bind.source.to_str().filter(|source| source.starts_with('/') && !source.contains('\0'));
         let Some(source) = source.filter(|source| Path::new(source).exists()) else {
-            return Err(value("mount source", &bind.source.to_string_lossy(), "is no absolute path of something that is there"));
+            return Err(value(
+                "mount source",
+                &bind.source.to_string_lossy(),
+                "is no absolute path of something that is there",
+            ));
         };
         if destination == "/" {
             return Err(value("mount point", &bind.destination, "is the root itself"));

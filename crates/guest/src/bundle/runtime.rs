@@ -21,7 +21,9 @@ const LOG_LIMIT: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// The runtime that was asked for is not there.
-    #[error("there is no container runtime '{0}' (neither a program on PATH nor a file); try runc, crun, youki or builtin")]
+    #[error(
+        "there is no container runtime '{0}' (neither a program on PATH nor a file); try runc, crun, youki or builtin"
+    )]
     NotFound(String),
     /// Its processes or its files failed us.
     #[error("cannot {action} with {}", path.display())]
@@ -247,7 +249,8 @@ fn parse_last_error(log: &[u8]) -> Option<String> {
         msg: String,
     }
     let lines = log.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Line>(line).ok());
-    let last = lines.filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).last()?;
+    let mut errors = lines.filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"));
+    let last = errors.next_back()?;
     Some(last.msg.chars().take(2000).collect())
 }
 
