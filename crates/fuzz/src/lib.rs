@@ -7,8 +7,10 @@
 //! A new parser of untrusted bytes gets an entry in [`TARGETS`], a test in `tests/smoke.rs` and a file in `fuzz/fuzz_targets`; a test
 //! sees to it that none of them is forgotten.
 
+mod attestation;
 mod images;
 mod names;
+mod registries;
 mod signatures;
 pub mod smoke;
 
@@ -37,6 +39,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bundle", run: signatures::bundle, seeds: signatures::bundles },
     Target { name: "openpgp", run: signatures::openpgp, seeds: signatures::openpgps },
     Target { name: "jose", run: signatures::jose, seeds: signatures::joses },
+    Target { name: "registries_conf", run: registries::conf, seeds: registries::confs },
+    Target { name: "auth_file", run: registries::auth_file, seeds: registries::auth_files },
+    Target { name: "headers", run: registries::headers, seeds: registries::header_values },
+    Target { name: "url", run: registries::url, seeds: registries::urls },
+    Target { name: "broker", run: attestation::broker, seeds: attestation::brokers },
+    Target { name: "init_data", run: attestation::init_data, seeds: attestation::init_datas },
+    Target { name: "token", run: attestation::token, seeds: attestation::tokens },
 ];
 
 /// The target of that name.

@@ -18,7 +18,7 @@ use std::{
 use crate::Target;
 
 /// The most time for one input, in a build without optimisation on a busy machine.
-pub const SLOWEST: Duration = Duration::from_secs(5);
+pub const SLOWEST: Duration = Duration::from_secs(10);
 /// The most memory in MiB that the process may ever have had.
 pub const LARGEST: u64 = 768;
 /// The longest input that mutations make.
@@ -132,7 +132,7 @@ impl Watch {
                 thread::sleep(Duration::from_millis(100));
                 let Ok(current) = current.lock() else { return };
                 if let Some((start, input)) = current.as_ref()
-                    && start.elapsed() > 4 * SLOWEST
+                    && start.elapsed() > 3 * SLOWEST
                 {
                     eprintln!("{name}: does not end; its input is {}", keep(name, input).display());
                     std::process::abort();

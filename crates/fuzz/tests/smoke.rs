@@ -11,7 +11,27 @@ macro_rules! smoke {
     };
 }
 
-smoke!(reference, uri, manifest, config, archive, layout, policy, lookaside, payload, bundle, openpgp, jose);
+smoke!(
+    reference,
+    uri,
+    manifest,
+    config,
+    archive,
+    layout,
+    policy,
+    lookaside,
+    payload,
+    bundle,
+    openpgp,
+    jose,
+    registries_conf,
+    auth_file,
+    url,
+    broker,
+    init_data,
+    token,
+    headers
+);
 
 #[test]
 fn no_target_is_forgotten() {

@@ -1,0 +1,89 @@
+//! What guest and broker send each other.
+
+use std::collections::BTreeMap;
+
+use nacre_attest::{
+    ear::Ear,
+    evidence::{Expected, Verifier as _},
+    initdata::InitData,
+    jcs, offline,
+    rcar::{Attestation, Challenge, ErrorBody, Request, TokenReply, report_data},
+    sim::SimVerifier,
+};
+use nacre_core::jose::{Jwk, PublicKey};
+
+use crate::texts;
+
+pub(crate) fn broker(bytes: &[u8]) {
+    let _ = (Request::parse(bytes).is_ok(), Challenge::parse(bytes).is_ok(), TokenReply::parse(bytes).is_ok());
+    let _ = ErrorBody::parse(bytes).map(|body| body.variant().len());
+    let Ok(attestation) = Attestation::parse(bytes) else { return };
+    let Ok(report_data) = report_data(&attestation.runtime_data, &attestation.tee_evidence.additional_evidence) else {
+        return;
+    };
+    let init_data = attestation.init_data.and_then(|message| InitData::parse(&message.body).ok());
+    let expected = Expected { report_data: &report_data, init_data: init_data.as_ref() };
+    let mut verifier = SimVerifier::new();
+    if let Some(key) = key() {
+        let _ = verifier.trust(key);
+    }
+    assert!(verifier.verify(&attestation.tee_evidence.primary_evidence, &expected).is_err(), "nobody has that key");
+}
+
+/// A public key of RFC 7515, whose private half signs nothing here.
+fn key() -> Option<PublicKey> {
+    let text = r#"{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}"#;
+    serde_json::from_str::<Jwk>(text).ok()?.to_public().ok()
+}
+
+pub(crate) fn brokers() -> Vec<Vec<u8>> {
+    texts(&[
+        r#"{"version":"0.4.0","tee":"sim","extra-params":{"supported-hash-algorithms":["sha384"]}}"#,
+        r#"{"version":"0.4.0","tee":"sim","extra-params":""}"#,
+        r#"{"nonce":"AAAA","extra-params":{"selected-hash-algorithm":"sha384"}}"#,
+        r#"{"init-data":{"format":"toml","body":"algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n"},"runtime-data":{"nonce":"AAAA","tee-pubkey":{"kty":"EC","crv":"P-256","alg":"ECDH-ES+A256KW","x":"AA","y":"AA"}},"tee-evidence":{"primary_evidence":{"simulated":true,"report":"eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.e30.AAAA"},"additional_evidence":"{}"}}"#,
+        r#"{"runtime-data":{"nonce":"\ud83d\ude00","tee-pubkey":[1e21,-0,1.5,{"b":1,"a":2}]},"tee-evidence":{"primary_evidence":null}}"#,
+        r#"{"token":"eyJhbGciOiJFUzI1NiJ9.e30.AAAA"}"#,
+        r#"{"type":"https://github.com/confidential-containers/kbs/errors/PolicyDeny","detail":"no"}"#,
+    ])
+}
+
+pub(crate) fn init_data(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(init) = InitData::parse(text) {
+        assert_eq!(init.text(), text);
+        let _: [u8; 32] = init.fit();
+    }
+}
+
+pub(crate) fn init_datas() -> Vec<Vec<u8>> {
+    texts(&[
+        "algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n\"nacre.toml\" = '''\na = 1\n'''\n",
+        "algorithm = \"md5\"\nversion = \"0.1.0\"\n[data]\n",
+        "version = \"9\"\n[data]\na = 1\n",
+    ])
+}
+
+/// A token that nobody signed, secrets in a file, and JSON in its canonical form.
+pub(crate) fn token(bytes: &[u8]) {
+    if let (Ok(text), Some(key)) = (std::str::from_utf8(bytes), key()) {
+        assert!(Ear::verify(text, &key).is_err(), "nobody has that key");
+    }
+    let _ = offline::parse(bytes, Some(32), &mut BTreeMap::new());
+    if let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes)
+        && let Ok(canonical) = jcs::canonical(&value)
+    {
+        let again =
+            serde_json::from_slice::<serde_json::Value>(&canonical).ok().and_then(|value| jcs::canonical(&value).ok());
+        assert_eq!(again.as_ref(), Some(&canonical), "canonical JSON is its own canonical form");
+    }
+}
+
+pub(crate) fn tokens() -> Vec<Vec<u8>> {
+    texts(&[
+        "eyJhbGciOiJFUzI1NiJ9.eyJlYXRfcHJvZmlsZSI6IngifQ.AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+        "eyJhbGciOiJub25lIn0.e30.",
+        r#"{"default/key/1":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}"#,
+        r#"{"a/../b":"AA==","b":[1e21,1e-7,-0.0,0.1,9007199254740993,{"é":"\u0001","Z":null}]}"#,
+    ])
+}
