@@ -4,6 +4,7 @@ mod atomic;
 mod bad_input;
 mod changes;
 mod interop;
+mod registry;
 
 use std::{
     collections::BTreeMap,
