@@ -225,3 +225,95 @@ fn media_type(layer: &LayerPlan, format: Format) -> String {
     let encrypted = if layer.encrypt || still_encrypted(layer) { crate::crypt::ENCRYPTED_SUFFIX } else { "" };
     format!("{base}{suffix}{encrypted}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+    fn planned(layers: &[&str], docker: bool, wishes: &Wishes<'_>) -> Result<ImagePlan, CopyError> {
+        let (own, config) = match docker {
+            true => (media::DOCKER_MANIFEST, media::DOCKER_CONFIG),
+            false => (media::OCI_MANIFEST, media::OCI_CONFIG),
+        };
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(own.into()),
+            artifact_type: None,
+            config: Descriptor::of(config, b"{}"),
+            layers: layers.iter().map(|kind| Descriptor::of(kind, kind.as_bytes())).collect(),
+            subject: None,
+            annotations: std::collections::BTreeMap::new(),
+        };
+        let raw = RawManifest::new(serde_json::to_vec(&manifest).unwrap(), None).unwrap();
+        plan(&raw, &manifest, wishes)
+    }
+
+    fn wishes(destination: &Location) -> Wishes<'_> {
+        Wishes { format: None, compression: None, decrypt: false, encrypt: None, destination }
+    }
+
+    fn types(plan: &ImagePlan) -> Vec<&str> {
+        plan.layers.iter().map(|layer| layer.media_type.as_str()).collect()
+    }
+
+    #[test]
+    fn nothing_is_changed_without_need() {
+        let layout: Location = "oci:/x".parse().unwrap();
+        for (layers, docker) in [
+            (vec![GZIP], false),
+            (vec![media::DOCKER_LAYER_GZIP, media::DOCKER_FOREIGN_GZIP, media::DOCKER_LAYER_ZSTD], true),
+            (vec!["application/vnd.oci.image.layer.v1.tar+zstd+encrypted", GZIP], false),
+            (vec!["application/vnd.in-toto+json"], false),
+        ] {
+            let found = planned(&layers, docker, &wishes(&layout)).unwrap();
+            assert!(found.verbatim);
+            assert_eq!(types(&found), layers);
+        }
+        // Plain tars are compressed, but not into a directory.
+        assert_eq!(types(&planned(&[media::OCI_LAYER], false, &wishes(&layout)).unwrap()), [GZIP]);
+        let dir: Location = "dir:/x".parse().unwrap();
+        assert!(planned(&[media::OCI_LAYER], false, &wishes(&dir)).unwrap().verbatim);
+    }
+
+    #[test]
+    fn encryption_makes_oci_images_and_leaves_what_is_encrypted() {
+        let layout: Location = "oci:/x".parse().unwrap();
+        let encrypted = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted";
+        let all = EncryptLayers::All;
+        let encrypt = Wishes { encrypt: Some(&all), ..wishes(&layout) };
+        let found = planned(&[media::DOCKER_LAYER_GZIP, media::DOCKER_LAYER], true, &encrypt).unwrap();
+        assert_eq!((found.format, types(&found)), (Format::Oci, vec![encrypted; 2]));
+        let found = planned(&[encrypted, GZIP], false, &encrypt).unwrap();
+        assert!(found.layers[0].verbatim() && found.layers[1].encrypt);
+        // With a key it is decrypted, and encrypted anew.
+        let both = Wishes { decrypt: true, ..encrypt };
+        let found = planned(&[encrypted], false, &both).unwrap();
+        assert!(found.layers[0].decrypt && found.layers[0].encrypt);
+        // Recompression passes by what cannot be read.
+        let zstd = Some(Recompress { to: Compression::Zstd, level: None });
+        let found = planned(&[encrypted, GZIP], false, &Wishes { compression: zstd, ..wishes(&layout) }).unwrap();
+        assert_eq!(types(&found), [encrypted, "application/vnd.oci.image.layer.v1.tar+zstd"]);
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let layout: Location = "oci:/x".parse().unwrap();
+        let archive: Location = "docker-archive:/x".parse().unwrap();
+        let all = EncryptLayers::All;
+        let zstd = Some(Recompress { to: Compression::Zstd, level: None });
+        let docker = Some(Format::Docker);
+        for bad in [
+            Wishes { encrypt: Some(&all), ..wishes(&archive) },
+            Wishes { format: Some(Format::Oci), ..wishes(&archive) },
+            Wishes { encrypt: Some(&all), format: docker, ..wishes(&layout) },
+            Wishes { compression: zstd, format: docker, ..wishes(&layout) },
+        ] {
+            assert!(matches!(planned(&[GZIP], false, &bad), Err(CopyError::Unsupported(_))));
+        }
+        assert!(planned(&["application/vnd.in-toto+json"], false, &wishes(&archive)).is_err());
+        let found = planned(&[GZIP], false, &wishes(&archive)).unwrap();
+        assert_eq!((found.format, types(&found)), (Format::Docker, vec![media::DOCKER_LAYER]));
+    }
+}

@@ -217,9 +217,9 @@ pub(super) struct DiffIdTee<R> {
 
 /// A decompressor that is pushed.
 enum Side {
-    None(HashWriter),
-    Gzip(flate2::write::MultiGzDecoder<HashWriter>),
-    Zstd(zstd::stream::write::Decoder<'static, HashWriter>),
+    None(Box<HashWriter>),
+    Gzip(Box<flate2::write::MultiGzDecoder<HashWriter>>),
+    Zstd(Box<zstd::stream::write::Decoder<'static, HashWriter>>),
 }
 
 struct HashWriter {
@@ -243,12 +243,12 @@ impl<R> DiffIdTee<R> {
     pub(super) fn new(inner: R, compression: Compression, expected: Digest, limit: u64) -> io::Result<Self> {
         let writer = HashWriter { hasher: Hasher::new(expected.algorithm()), left: limit };
         let side = match compression {
-            Compression::None => Side::None(writer),
-            Compression::Gzip => Side::Gzip(flate2::write::MultiGzDecoder::new(writer)),
+            Compression::None => Side::None(Box::new(writer)),
+            Compression::Gzip => Side::Gzip(Box::new(flate2::write::MultiGzDecoder::new(writer))),
             Compression::Zstd => {
                 let mut decoder = zstd::stream::write::Decoder::new(writer)?;
                 decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-                Side::Zstd(decoder)
+                Side::Zstd(Box::new(decoder))
             }
         };
         Ok(Self { inner, side: Some(side), expected })
@@ -270,7 +270,7 @@ impl<R: Read> Read for DiffIdTee<R> {
             && let Some(side) = self.side.take()
         {
             let writer = match side {
-                Side::None(writer) => writer,
+                Side::None(writer) => *writer,
                 Side::Gzip(decoder) => decoder.finish()?,
                 Side::Zstd(mut decoder) => {
                     decoder.flush()?;

@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     files::{self, Extent},
-    tar::{self, TarFile, TarWriter},
+    tar::{self, TarFile},
+    tar_writer::TarWriter,
 };
 use crate::{
     manifest::{Descriptor, ImageConfig, LAYER_LIMIT, MANIFEST_LIMIT, Manifest, ManifestError, RawManifest, media},

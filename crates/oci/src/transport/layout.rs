@@ -323,3 +323,69 @@ fn replaces(new: &Descriptor, old: &Value) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(content: &str, name: Option<&str>) -> Descriptor {
+        let mut entry = Descriptor::of(media::OCI_MANIFEST, content.as_bytes());
+        entry.annotations.extend(name.map(|name| (REF_NAME.to_owned(), name.to_owned())));
+        entry
+    }
+
+    fn index(manifests: Vec<Descriptor>) -> Index {
+        Index { schema_version: 2, media_type: None, manifests, annotations: BTreeMap::new() }
+    }
+
+    #[test]
+    fn images_are_chosen_by_name_and_attachments_never_without() {
+        let signature = format!("sha256-{}.sig", "a".repeat(64));
+        let mut artifact = entry("artifact", None);
+        artifact.artifact_type = Some(media::SIGSTORE_BUNDLE.into());
+        let mut full = entry("full", Some("latest"));
+        full.annotations.insert(CONTAINERD_NAME.into(), "docker.io/library/app:latest".into());
+        let all = index(vec![artifact, entry("signature", Some(&signature)), full.clone()]);
+        for name in [None, Some("latest"), Some("docker.io/library/app:latest")] {
+            assert_eq!(choose(&all, name, "here").unwrap(), &full);
+        }
+        assert_eq!(choose(&all, Some(&signature), "here").unwrap().digest, Digest::sha256(b"signature"));
+        assert!(choose(&all, Some("late"), "here").unwrap_err().is_not_found());
+        let same = index(vec![entry("a", Some("x")), entry("a", Some("y"))]);
+        assert!(choose(&same, None, "here").is_ok());
+        let two = index(vec![entry("a", Some("x")), entry("b", Some("x"))]);
+        assert!(choose(&two, None, "here").is_err() && choose(&two, Some("x"), "here").is_err());
+    }
+
+    #[test]
+    fn an_index_keeps_what_it_does_not_know_and_what_is_not_replaced() {
+        let old = json!({
+            "schemaVersion": 2,
+            "x-unknown": [1, 2],
+            "manifests": [entry("a", Some("one")), entry("b", Some("two")), entry("c", None)],
+        });
+        let manifest = |name: &str| {
+            let text = json!({ "schemaVersion": 2, "layers": [], "x": name }).to_string();
+            RawManifest::new(text.into_bytes(), Some(media::OCI_MANIFEST)).unwrap()
+        };
+        let mut additions = Additions::default();
+        additions.named(&manifest("wrong"), Some("one"));
+        additions.named(&manifest("right"), Some("one"));
+        additions.named(&manifest("unnamed"), None);
+        assert_eq!(additions.find("one").unwrap().peek(), &manifest("right"));
+        let new = additions.apply(Some(old.to_string().as_bytes()), "here").unwrap();
+        let new_value: Value = serde_json::from_slice(&new).unwrap();
+        assert_eq!(new_value["x-unknown"], json!([1, 2]));
+        let parsed = parse_index(new).unwrap();
+        let found: Vec<_> = parsed.manifests.iter().map(|entry| (name_of(entry), entry.digest)).collect();
+        assert_eq!(
+            found,
+            [
+                (Some("two"), Digest::sha256(b"b")),
+                (Some("one"), *manifest("right").digest()),
+                (None, *manifest("unnamed").digest()),
+            ]
+        );
+        assert!(additions.apply(Some(b"[]"), "here").is_err());
+    }
+}

@@ -12,6 +12,7 @@ mod layout;
 mod oci_archive;
 mod oci_dir;
 mod tar;
+mod tar_writer;
 
 pub use docker_archive::{SavedImage, parse_saved};
 pub use layout::parse_index;

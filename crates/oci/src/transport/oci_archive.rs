@@ -12,7 +12,8 @@ use nacre_core::{Digest, Untrusted};
 use super::{
     files::Extent,
     layout::{Additions, INDEX_FILE, LAYOUT_FILE, LAYOUT_VERSION, LayoutFiles, LayoutSource},
-    tar::{TarFile, TarWriter},
+    tar::TarFile,
+    tar_writer::TarWriter,
 };
 use crate::{
     manifest::{Descriptor, RawManifest},

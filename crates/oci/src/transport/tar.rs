@@ -1,25 +1,13 @@
-//! Tar archives as containers of blobs: an index of what is where, and a writer. (What is *in* a layer's tar is `unpack`'s affair.)
+//! Tar archives as containers of blobs: an index of what is where. (What is *in* a layer's tar is `unpack`'s affair.)
 //!
 //! The index is made by one pass over the headers, without reading contents. It takes ustar, GNU (long names, base-256 sizes) and
 //! PAX (path, linkpath, size). Names are normalised (`./a//b` is `a/b`) and then unique; one that is absolute, goes up, or appears
 //! twice refuses the archive, since two readers could see two images in it. Links lead to other entries of the archive.
-//!
-//! The writer puts an entry's content first and its header afterwards, so that a blob can be written whose size and name are known
-//! only at its end. What it writes is a plain ustar archive, the same bytes for the same entries (no times, no owners).
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    io::Read,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-};
-
-use nacre_core::Digest;
+use std::{collections::HashMap, fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use super::files::{self, Extent};
-use crate::{manifest::Descriptor, source::TransportError};
+use crate::source::TransportError;
 
 const BLOCK: u64 = 512;
 /// The most entries of an archive of images.
@@ -344,166 +332,54 @@ pub(super) fn normalise(name: &str, base: &str) -> Result<String, TarError> {
     Ok(parts.join("/"))
 }
 
-/// Writes an archive beside its final place, and puts it there at the end.
-pub(super) struct TarWriter {
-    dir: files::Dir,
-    path: PathBuf,
-    name: String,
-    temp: String,
-    file: File,
-    state: Mutex<WriterState>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-#[derive(Default)]
-struct WriterState {
-    end: u64,
-    blobs: HashMap<Digest, u64>,
-    /// Blobs whose place in the archive was given away and that are not, or never will be, complete.
-    unfinished: usize,
-    finished: bool,
-}
-
-impl TarWriter {
-    pub(super) fn create(path: &Path) -> Result<Self, TransportError> {
-        let (parent, name) = files::parent_and_name(path)?;
-        let dir = files::Dir::open(&parent)?;
-        let (temp, file) = dir.make_temp_file(&format!("{}{name}-", files::TEMP_PREFIX))?;
-        Ok(Self { dir, path: path.into(), name, temp, file, state: Mutex::default() })
-    }
-
-    /// The archive's path, for messages.
-    pub(super) fn place(&self) -> String {
-        self.path.display().to_string()
-    }
-
-    fn state(&self) -> std::sync::MutexGuard<'_, WriterState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The size of a blob that is in the archive.
-    pub(super) fn blob(&self, digest: &Digest) -> Option<u64> {
-        self.state().blobs.get(digest).copied()
-    }
-
-    /// Adds a blob, under the name that `name` makes of its digest. Blobs of known size are written side by side; one of unknown
-    /// size has the archive's end for itself.
-    pub(super) fn put_blob(
-        &self,
-        content: &mut dyn Read,
-        expected: Option<&Descriptor>,
-        name: impl Fn(&Digest) -> String,
-    ) -> Result<(Digest, u64), TransportError> {
-        let place = self.place();
-        let Some(blob) = expected else {
-            let mut state = self.state();
-            let start = state.end + BLOCK;
-            let (digest, size) = files::store(content, None, &place, |piece, at| self.write_at(piece, start + at))?;
-            if state.blobs.insert(digest, size).is_none() {
-                self.finish_entry(&name(&digest), state.end, size)?;
-                state.end = start + size.next_multiple_of(BLOCK);
-            }
-            return Ok((digest, size));
-        };
-        let start = {
-            let mut state = self.state();
-            if state.blobs.contains_key(&blob.digest) {
-                return Ok((blob.digest, blob.size));
-            }
-            let start = state.end;
-            state.end = start + BLOCK + blob.size.next_multiple_of(BLOCK);
-            // Until it is complete it makes the archive one that cannot be committed; so it counts as being there at once.
-            state.unfinished += 1;
-            state.blobs.insert(blob.digest, blob.size);
-            start
-        };
-        let stored = files::store(content, expected, &place, |piece, at| self.write_at(piece, start + BLOCK + at))
-            .and_then(|(digest, size)| self.finish_entry(&name(&digest), start, size).map(|()| (digest, size)));
-        let mut state = self.state();
-        let (digest, size) = stored.inspect_err(|_| {
-            state.blobs.remove(&blob.digest);
-        })?;
-        state.unfinished -= 1;
-        Ok((digest, size))
-    }
-
-    /// Adds a small file.
-    pub(super) fn put_file(&self, name: &str, bytes: &[u8]) -> Result<(), TransportError> {
-        let mut state = self.state();
-        let start = state.end;
-        self.write_at(bytes, start + BLOCK)?;
-        self.finish_entry(name, start, bytes.len() as u64)?;
-        state.end = start + BLOCK + (bytes.len() as u64).next_multiple_of(BLOCK);
-        Ok(())
-    }
-
-    /// Ends the archive, makes it durable, and gives it its name.
-    pub(super) fn commit(&self) -> Result<(), TransportError> {
-        let mut state = self.state();
-        if state.unfinished > 0 {
-            return Err(TransportError::Malformed {
-                what: "the archive".into(),
-                place: self.place(),
-                reason: "a blob of it was not written to its end".into(),
-            });
+    #[test]
+    fn names_are_normalised_or_refused() {
+        for (name, base, expected) in [
+            ("a/b", "", "a/b"),
+            ("./a//b/", "", "a/b"),
+            ("../c", "a/b", "a/c"),
+            ("../../c", "a/b", "c"),
+            (".", "", ""),
+            ("a..b/...", "", "a..b/..."),
+        ] {
+            assert_eq!(normalise(name, base).unwrap(), expected);
         }
-        // Two empty blocks end an archive; setting the length also drops what a failed blob left behind the end.
-        let failed = |error| files::io("writing", &self.path, error);
-        self.file.set_len(state.end).and_then(|()| self.file.set_len(state.end + 2 * BLOCK)).map_err(failed)?;
-        self.file.sync_all().map_err(failed)?;
-        self.dir.rename(&self.temp, &self.dir, &self.name)?;
-        state.finished = true;
-        self.dir.sync()
+        for (name, base) in [("/a", ""), ("..", ""), ("a/../b", ""), ("../../../c", "a/b"), ("//a", "b")] {
+            assert!(normalise(name, base).is_err(), "{name} {base}");
+        }
+        assert!(normalise(&"a/".repeat(3000), "").is_err());
     }
 
-    fn finish_entry(&self, name: &str, start: u64, size: u64) -> Result<(), TransportError> {
-        let header = ustar_header(name, size).ok_or_else(|| TransportError::Unsupported {
-            what: format!("an entry '{name:.200}' of {size} bytes"),
-            place: self.place(),
-        })?;
-        self.write_at(&header, start)?;
-        let end = start + BLOCK + size;
-        let padding = usize::try_from(size.next_multiple_of(BLOCK) - size).unwrap_or(0);
-        self.write_at([0; 512].get(..padding).unwrap_or_default(), end)
-    }
-
-    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), TransportError> {
-        self.file.write_all_at(bytes, offset).map_err(|error| files::io("writing", &self.path, error))
-    }
-}
-
-impl Drop for TarWriter {
-    fn drop(&mut self) {
-        if !self.state().finished {
-            // Nothing more can be done about an error here; the next writer to this place removes what is left.
-            let _ = self.dir.remove_file(&self.temp);
+    #[test]
+    fn numbers_are_octal_or_base_256() {
+        assert_eq!(number(b"00000000017\0"), Some(15));
+        assert_eq!(number(b"\x80\0\0\0\0\0\0\x02\0\0\0\0"), Some(1 << 33));
+        for bad in [b"00000000018\0", b"\x81\0\0\0\0\0\0\0\0\0\0\0", b"\x80\x01\0\0\0\0\0\0\0\0\0\0"] {
+            assert_eq!(number(bad), None);
         }
     }
-}
 
-/// A header of a read-only file of nobody; `None` for a name that does not fit. A name that ends in `/` is a directory's.
-fn ustar_header(name: &str, size: u64) -> Option<[u8; 512]> {
-    let directory = name.ends_with('/');
-    let mut header = [0u8; 512];
-    let mut put =
-        |at: usize, bytes: &[u8]| header.get_mut(at..at + bytes.len()).map(|slot| slot.copy_from_slice(bytes));
-    if name.len() > 100 {
-        return None;
+    #[test]
+    fn pax_records_are_read_or_refused() {
+        let mut found = Extended::default();
+        pax(b"12 path=a/b\n17 linkpath=/c/d\n11 size=42\n20 comment=any thing\n", &mut found).unwrap();
+        assert_eq!((found.path.as_deref(), found.link.as_deref(), found.size), (Some("a/b"), Some("/c/d"), Some(42)));
+        for bad in [
+            b"path=a\n".as_slice(),
+            b"13 path=a/b\n",
+            b"11 path=a/b\n",
+            b"0 path=a/b\n",
+            b"99999999999999999999 a=b\n",
+            b"5 ab\n",
+            b"12 size=-42\n",
+            b"12 path=a\xffb\n",
+            b"18446744073709551615 a=b\n",
+        ] {
+            assert!(pax(bad, &mut Extended::default()).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
     }
-    put(0, name.as_bytes())?;
-    put(100, if directory { b"0000755\0" } else { b"0000444\0" })?;
-    put(108, b"0000000\0")?;
-    put(116, b"0000000\0")?;
-    if size < 1 << 33 {
-        put(124, format!("{size:011o}\0").as_bytes())?;
-    } else {
-        put(124, &[0x80, 0, 0, 0])?;
-        put(128, &size.to_be_bytes())?;
-    }
-    put(136, b"00000000000\0")?;
-    put(148, b"        ")?;
-    put(156, if directory { b"5" } else { b"0" })?;
-    put(257, b"ustar\x0000")?;
-    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
-    header.get_mut(148..156)?.copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    Some(header)
 }

@@ -41,7 +41,7 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     for to in destinations(disk.path()) {
         let error = copy_plain(&from, &to).unwrap_err().to_string();
         assert!(error.contains("No space left"), "{error}");
-        assert_eq!(names(disk.path()), [PathBuf::new(); 0], "{to}");
+        assert!(names(disk.path()).is_empty(), "{to}");
     }
     // An image that is there already survives a copy that does not fit.
     image().write_layout(&scratch.path().join("small"), "v1");
