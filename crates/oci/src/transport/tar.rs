@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn pax_records_are_read_or_refused() {
         let mut found = Extended::default();
-        pax(b"12 path=a/b\n17 linkpath=/c/d\n11 size=42\n20 comment=any thing\n", &mut found).unwrap();
+        pax(b"12 path=a/b\n17 linkpath=/c/d\n11 size=42\n21 comment=any thing\n", &mut found).unwrap();
         assert_eq!((found.path.as_deref(), found.link.as_deref(), found.size), (Some("a/b"), Some("/c/d"), Some(42)));
         for bad in [
             b"path=a\n".as_slice(),
