@@ -278,7 +278,12 @@ impl Jwe {
     fn parse_json(bytes: &[u8]) -> Result<Self, JoseError> {
         let wire: Wire = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
         let listed = match wire.recipients {
-            Some(_) if wire.header.is_some() || wire.encrypted_key.is_some() => {
+            // go-jose 2 (skopeo's until 2023) repeats the first recipient's key outside the list.
+            Some(list)
+                if wire.header.is_some()
+                    || wire.encrypted_key.is_some()
+                        && wire.encrypted_key != list.first().and_then(|first| first.encrypted_key.clone()) =>
+            {
                 return Err(bad("both the general and the flattened form"));
             }
             Some(list) => list,

@@ -105,6 +105,14 @@ impl RsaPublicKey {
         .map_err(bad_public)
     }
 
+    /// The key as aws-lc-rs takes it, for schemes that are not JOSE's.
+    ///
+    /// # Errors
+    /// [`JoseError::Malformed`], for no key that was read by this module.
+    pub fn encrypting_key(&self) -> Result<PublicEncryptingKey, JoseError> {
+        self.to_aws()
+    }
+
     pub(super) fn to_aws(&self) -> Result<PublicEncryptingKey, JoseError> {
         PublicEncryptingKey::from_der(&self.to_spki()?).map_err(|_| bad_public("not an RSA key of 2048 to 8192 bits"))
     }
@@ -386,6 +394,11 @@ impl PrivateKey {
 }
 
 impl RsaPrivateKey {
+    /// The key as aws-lc-rs holds it, for schemes that are not JOSE's.
+    pub fn decrypting_key(&self) -> &PrivateDecryptingKey {
+        &self.key
+    }
+
     fn new(key: PrivateDecryptingKey) -> Result<Self, JoseError> {
         use aws_lc_rs::encoding::AsDer as _;
         let spki = key.public_key().as_der().map_err(|_| JoseError::Crypto("RSA public key export"))?;

@@ -27,7 +27,7 @@ mod wrap;
 pub use jwe::{Jwe, Recipient, encrypt};
 pub use jwk::Jwk;
 pub use jws::{sign_compact, verify_compact};
-pub use key::{PrivateKey, PublicKey};
+pub use key::{PrivateKey, PublicKey, RsaPrivateKey, RsaPublicKey};
 pub use wrap::KeyAlgorithm;
 
 /// What is wrong with a key, an encrypted or a signed object.

@@ -368,6 +368,12 @@ impl Stream {
     }
 }
 
+/// Encrypts or decrypts a short text in counter mode.
+pub(super) fn apply_ctr(key: &SecretArray<KEY_LEN>, nonce: [u8; NONCE_LEN], data: &mut [u8]) -> Result<(), CryptError> {
+    let mut stream = Stream::new(key, nonce)?;
+    data.chunks_mut(SCRATCH).try_for_each(|piece| stream.apply(piece))
+}
+
 fn mac_key(key: &SecretArray<KEY_LEN>) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, key.expose())
 }

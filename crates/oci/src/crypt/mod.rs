@@ -7,11 +7,27 @@
 //! [`LayerDecryptor::finish`] is not to become visible; a wrapped key is only ever opened by the scheme, and the provider,
 //! that its annotation names.
 
+pub mod annotations;
+pub mod args;
 pub mod cipher;
+pub mod coco;
+mod der;
 mod error;
+mod jwe;
+mod keyfile;
+mod keyring;
+pub mod pgp;
+pub mod pkcs11;
+pub mod pkcs7;
+pub mod provider;
+mod reader;
+mod recipients;
 
 pub use cipher::{LayerDecryptor, LayerEncryptor, LayerSecret, PublicOptions};
-pub use error::CryptError;
+pub use error::{Attempt, CryptError, SchemeError};
+pub use keyring::Keyring;
+pub use reader::{DecryptingReader, EncryptingReader, encrypt_layer};
+pub use recipients::Recipients;
 
 use crate::manifest::{Compression, Descriptor, LayerType, ManifestError, media};
 
