@@ -13,7 +13,7 @@ use super::{
     pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
-use crate::manifest::Descriptor;
+use crate::{copy::OpenLayerKey, manifest::Descriptor};
 
 /// Keys and services that may open the layers of an image. Shared by all threads that decrypt.
 #[derive(Default)]
@@ -164,6 +164,12 @@ impl Keyring {
                 self.providers.ask(name, arguments, Question::Unwrap(packet))
             }
         }
+    }
+}
+
+impl OpenLayerKey for Keyring {
+    fn open(&self, layer: &Descriptor) -> Result<LayerSecret, CryptError> {
+        self.unwrap(layer)
     }
 }
 

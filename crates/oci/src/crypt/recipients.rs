@@ -16,6 +16,7 @@ use super::{
     coco, jwe, keyfile, pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
+use crate::copy::WrapLayerKey;
 
 /// As many recipients as readers of a JWE take; more go into another one.
 const JWE_RECIPIENTS: usize = 64;
@@ -158,7 +159,11 @@ impl Recipients {
         Ok(())
     }
 
-    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
+    /// Wraps a layer's key for everybody: the annotations of the keys alone.
+    ///
+    /// # Errors
+    /// [`CryptError::NoRecipients`] or [`CryptError::Wrap`]
+    pub fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
         if self.is_empty() {
             return Err(CryptError::NoRecipients);
         }
@@ -186,6 +191,12 @@ impl Recipients {
             annotations.add(&Scheme::Provider(name.clone()), packet.map(|packet| packet.expose().to_vec()))?;
         }
         Ok(annotations.0)
+    }
+}
+
+impl WrapLayerKey for Recipients {
+    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
+        self.wrap(secret)
     }
 }
 
