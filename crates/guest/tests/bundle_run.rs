@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         ("every_runtime_runs_the_same_container_alike", every_runtime_runs_the_same_container_alike),
         ("a_read_only_container_cannot_write", a_read_only_container_cannot_write),
         ("signals_reach_the_container", signals_reach_the_container),
+        ("teardown_ends_a_container_whose_runner_was_killed", teardown_ends_a_container_whose_runner_was_killed),
         ("a_container_that_cannot_start_is_an_error", a_container_that_cannot_start_is_an_error),
         ("who_is_not_root_runs_containers_in_a_user_namespace", who_is_not_root_runs_containers_in_a_user_namespace),
         ("a_failed_composition_leaves_nothing", a_failed_composition_leaves_nothing),
@@ -201,6 +202,25 @@ fn signals_reach_the_container() {
         lines.read_to_string(&mut rest).unwrap();
         assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("got it\n", Some(7)), "{runtime}");
         assert!(!place.bundle().exists());
+    }
+}
+
+fn teardown_ends_a_container_whose_runner_was_killed() {
+    let Some(place) = Place::new("echo ready; sleep 1000") else { return };
+    for runtime in runtimes() {
+        let mut child = place.command(runtime).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n", "{runtime}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        teardown(&place.bundle()).unwrap();
+        assert!(!place.bundle().exists(), "{runtime}");
+        // The pipe ends when everything that could write to it is gone.
+        let mut rest = String::new();
+        lines.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "", "{runtime}");
     }
 }
 

@@ -1,15 +1,21 @@
 //! Signals passed on to a child, so that who stops us stops it, and it may end in its own way.
+//!
+//! Handlers are there before the child is: what arrives meanwhile is kept and passed on as soon as there is somebody to pass it to.
 
 use std::os::raw::c_int;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use rustix::process::Pid;
 
 const FORWARDED: [c_int; 7] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
 
-/// Whom signals go to; 0 for nobody.
+/// Whether somebody forwards.
+static BUSY: AtomicBool = AtomicBool::new(false);
+/// Whom signals go to; 0 while there is nobody.
 static TARGET: AtomicI32 = AtomicI32::new(0);
+/// The signals that came while there was nobody: bit `n` for signal `n`.
+static PENDING: AtomicU64 = AtomicU64::new(0);
 /// Whether those that the kernel sends (a terminal's Ctrl-C) are passed on too.
 static FROM_KERNEL: AtomicBool = AtomicBool::new(false);
 
@@ -35,16 +41,24 @@ pub struct Forward {
 pub struct Busy;
 
 impl Forward {
-    /// Starts passing signals on to `child`, which the caller has not waited for yet.
+    /// Starts keeping signals for a child that is about to be started.
     ///
     /// # Errors
     /// [`Busy`]: one child at a time.
-    pub fn to(child: Pid, terminal: Terminal) -> Result<Self, Busy> {
-        let pid = child.as_raw_nonzero().get();
-        TARGET.compare_exchange(0, pid, Ordering::SeqCst, Ordering::SeqCst).map_err(|_| Busy)?;
+    pub fn prepare(terminal: Terminal) -> Result<Self, Busy> {
+        if BUSY.swap(true, Ordering::SeqCst) {
+            return Err(Busy);
+        }
+        PENDING.store(0, Ordering::SeqCst);
         FROM_KERNEL.store(terminal == Terminal::Ours, Ordering::SeqCst);
         let previous = FORWARDED.into_iter().filter_map(|signal| Some((signal, install(signal)?))).collect();
         Ok(Self { previous })
+    }
+
+    /// Passes on to `child`, which the caller has not waited for yet, what was kept and what comes.
+    pub fn to(&self, child: Pid) {
+        TARGET.store(child.as_raw_nonzero().get(), Ordering::SeqCst);
+        deliver();
     }
 }
 
@@ -58,6 +72,7 @@ impl Drop for Forward {
                 libc::sigaction(*signal, previous, std::ptr::null_mut());
             }
         }
+        BUSY.store(false, Ordering::SeqCst);
     }
 }
 
@@ -76,17 +91,57 @@ fn install(signal: c_int) -> Option<libc::sigaction> {
 
 /// Runs in a signal's context: only atomics and kill(2), and errno as it was.
 extern "C" fn handler(signal: c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler, errno is this thread's own, and kill(2) is
-    // async-signal-safe.
-    #[expect(unsafe_code, reason = "a signal handler can do nothing but call the kernel")]
-    unsafe {
-        let from_kernel = (*info).si_code > 0;
-        let target = TARGET.load(Ordering::SeqCst);
-        if target > 0 && (!from_kernel || FROM_KERNEL.load(Ordering::SeqCst)) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    #[expect(unsafe_code, reason = "a signal handler gets a raw pointer")]
+    let from_kernel = unsafe { (*info).si_code > 0 };
+    if from_kernel && !FROM_KERNEL.load(Ordering::SeqCst) {
+        return;
+    }
+    PENDING.fetch_or(1 << signal, Ordering::SeqCst);
+    deliver();
+}
+
+/// Sends what is pending, if there is somebody to send it to. Whoever takes a signal out of the set sends it, so none is sent twice;
+/// and it is called after each change of the set or of the target, so none is left. Async-signal-safe.
+fn deliver() {
+    let target = TARGET.load(Ordering::SeqCst);
+    if target <= 0 {
+        return;
+    }
+    let pending = PENDING.swap(0, Ordering::SeqCst);
+    for signal in FORWARDED.into_iter().filter(|signal| pending & (1 << signal) != 0) {
+        // SAFETY: kill(2) touches no memory of ours; errno is this thread's own, and is put back for the code that was interrupted.
+        #[expect(unsafe_code, reason = "rustix does not promise to be async-signal-safe")]
+        unsafe {
             let errno = libc::__errno_location();
             let saved = *errno;
             libc::kill(target, signal);
             *errno = saved;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use rustix::process::Signal;
+
+    use super::*;
+
+    #[test]
+    fn a_signal_that_came_before_the_child_reaches_it() {
+        let forward = Forward::prepare(Terminal::Shared).unwrap();
+        assert!(Forward::prepare(Terminal::Shared).is_err());
+        rustix::process::kill_process(rustix::process::getpid(), Signal::USR1).unwrap();
+        while PENDING.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        forward.to(Pid::from_child(&child));
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGUSR1));
+        drop(forward);
+        assert!(Forward::prepare(Terminal::Ours).is_ok());
     }
 }

@@ -12,6 +12,7 @@ use nacre_sys::overlay::{Method, Overlay, OverlayError, Writable};
 use serde::{Deserialize, Serialize};
 
 use super::config::{ConfigError, Machine, Overrides, spec, write_config};
+use super::runtime::end_leftovers;
 
 /// Our own directory in a bundle.
 pub(super) const PRIVATE: &str = ".nacre";
@@ -314,7 +315,7 @@ fn unmount_all(path: &Path) -> Result<(), FsError> {
     Ok(())
 }
 
-/// Takes a bundle apart: unmounts its root filesystem and removes what a composition made in it, with the changes of its container
+/// Takes a bundle apart: ends a container that outlived whoever ran it, unmounts its root filesystem and removes what a composition made in it, with the changes of its container
 /// where those are in the bundle. Files of others stay, and then the directory too. A bundle that is not there, or that somebody
 /// began to take apart, is taken apart all the same.
 ///
@@ -327,9 +328,10 @@ pub fn teardown(bundle: &Path) -> Result<(), ComposeError> {
     let rootfs = bundle.join("rootfs");
     let private = bundle.join(PRIVATE);
     // First what says that the bundle is complete.
-    for name in ["config.json", ".config.json.new"] {
+    for name in ["config.json", ".config.json.new", nacre_sys::container::FAILURE_FILE] {
         gone("remove", &bundle.join(name), fs::remove_file(bundle.join(name)))?;
     }
+    end_leftovers(bundle);
     unmount_all(&rootfs)?;
     unmount_all(&private.join("nested"))?;
     for mounted in [&rootfs, &private.join("nested")] {

@@ -1,8 +1,10 @@
 //! What runs a bundle: runc, crun or youki, or the built-in runner where there is none.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -14,6 +16,9 @@ use super::compose::PRIVATE;
 
 /// Where system programs are that an ordinary user's PATH does not name.
 const SYSTEM_PATHS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+/// Names the runtime's program, in its state directory.
+const PROGRAM_FILE: &str = "program";
+const ID_PREFIX: &str = "nacre-";
 /// The most bytes of a runtime's log that are read.
 const LOG_LIMIT: u64 = 1 << 20;
 
@@ -123,6 +128,9 @@ impl Runtime {
         }
         let state = bundle.join(PRIVATE).join("runtime");
         fs::create_dir_all(&state).map_err(|e| self.io("make a state directory", &state, e))?;
+        // Whoever takes the bundle apart after we were killed must know whom to ask for the container.
+        fs::write(state.join(PROGRAM_FILE), self.path.as_os_str().as_bytes())
+            .map_err(|e| self.io("write to a state directory", &state, e))?;
         let result = self.run_in(bundle, &state);
         if let Err(error) = fs::remove_dir_all(&state) {
             tracing::warn!(path = %state.display(), %error, "a runtime's state stays");
@@ -133,32 +141,32 @@ impl Runtime {
     fn run_in(&self, bundle: &Path, state: &Path) -> Result<i32, RuntimeError> {
         let id = container_id();
         let log = state.join("log");
-        let mut child = self
-            .command(state, &log)?
-            .args(["run", "--bundle"])
-            .arg(bundle)
-            .arg(&id)
-            .spawn()
-            .map_err(|e| self.io("run a container", &self.path, e))?;
         let status = {
-            let _forward = Forward::to(pid_of(&child), Terminal::Shared)?;
+            let forward = Forward::prepare(Terminal::Shared)?;
+            let mut command = self.command(state, &log)?;
+            command.args(["run", "--bundle"]).arg(bundle).arg(&id);
+            let mut child = command.spawn().map_err(|e| self.io("run a container", &self.path, e))?;
+            forward.to(pid_of(&child));
             child.wait().map_err(|e| self.io("wait for a container", &self.path, e))?
         };
         // It deletes the container itself, unless it was killed.
-        if state.join(&id).exists() {
-            let deletion = self
-                .command(state, &log)?
-                .args(["delete", "--force", &id])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status();
-            tracing::debug!(?deletion, id, "deleted what the runtime left");
-        }
+        self.delete_all(state);
         // The exit code of a runtime that failed may be one of a container, too: only its log tells.
         match (status.success(), last_error(&log)) {
             (false, Some(message)) => Err(RuntimeError::Failed { runtime: self.path.display().to_string(), message }),
             _ => Ok(exit_code(status)),
+        }
+    }
+
+    /// Kills and deletes every container of a state directory.
+    fn delete_all(&self, state: &Path) {
+        let entries = fs::read_dir(state).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.file_name());
+        for id in entries.filter(|name| name.as_encoded_bytes().starts_with(ID_PREFIX.as_bytes())) {
+            let deletion = self.command(state, &state.join("log")).map_err(io::Error::other).and_then(|mut command| {
+                command.args(["delete", "--force"]).arg(&id);
+                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+            });
+            tracing::debug!(?deletion, ?id, "deleted what the runtime left");
         }
     }
 
@@ -174,7 +182,7 @@ impl Runtime {
         } else {
             Command::new(&self.path)
         };
-        let mut log_option = std::ffi::OsString::from("--log=file:");
+        let mut log_option = OsString::from("--log=file:");
         log_option.push(log);
         command.arg("--root").arg(state).arg(log_option).arg("--log-format=json");
         if hybrid || !cgroups_can_be_made() {
@@ -186,6 +194,14 @@ impl Runtime {
     fn io(&self, action: &'static str, path: &Path, source: io::Error) -> RuntimeError {
         RuntimeError::Io { action, path: path.to_owned(), source }
     }
+}
+
+/// Ends the containers of a bundle that outlived whoever ran them: runc and crun let them live on when they are killed.
+pub(super) fn end_leftovers(bundle: &Path) {
+    let state = bundle.join(PRIVATE).join("runtime");
+    let Ok(path) = fs::read(state.join(PROGRAM_FILE)) else { return };
+    let path = PathBuf::from(OsString::from_vec(path));
+    Runtime { kind: kind_of(&path), path }.delete_all(&state);
 }
 
 fn kind_of(path: &Path) -> Kind {
@@ -232,7 +248,7 @@ fn container_id() -> String {
     // Ids only tell the containers of one state directory apart, which is the bundle's own.
     let length = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
     tracing::trace!(length, "container id");
-    format!("nacre-{:016x}", u64::from_le_bytes(random))
+    format!("{ID_PREFIX}{:016x}", u64::from_le_bytes(random))
 }
 
 fn last_error(log: &Path) -> Option<String> {

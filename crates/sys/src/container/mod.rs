@@ -35,7 +35,7 @@ use crate::stage::{NotReady, Stage};
 use crate::userns::unshare;
 
 /// Where a stage that failed before the container's program ran says why, in the bundle.
-const FAILURE_FILE: &str = ".start-failure";
+pub const FAILURE_FILE: &str = ".start-failure";
 /// The most bytes of a config.json.
 const CONFIG_LIMIT: u64 = 8 << 20;
 /// How a stage ends that failed.
@@ -74,14 +74,12 @@ pub fn run(bundle: &Path) -> Result<i32, ContainerError> {
     load(bundle)?;
     let failure = bundle.join(FAILURE_FILE);
     _ = fs::remove_file(&failure);
-    let mut child = Stage::Supervisor
-        .command()?
-        .arg(bundle)
-        .arg(std::process::id().to_string())
-        .spawn()
-        .map_err(ContainerError::Spawn)?;
     let status = {
-        let _forward = Forward::to(pid_of(&child), Terminal::Shared)?;
+        let forward = Forward::prepare(Terminal::Shared)?;
+        let mut supervisor = Stage::Supervisor.command()?;
+        supervisor.arg(bundle).arg(std::process::id().to_string());
+        let mut child = supervisor.spawn().map_err(ContainerError::Spawn)?;
+        forward.to(pid_of(&child));
         child.wait().map_err(ContainerError::Spawn)?
     };
     let message = fs::read_to_string(&failure).unwrap_or_default();
@@ -159,13 +157,14 @@ fn supervise(bundle: &Path, parent: &OsString) -> Result<ExitStatus, String> {
     let spec = load(bundle).map_err(|error| error.to_string())?;
     unshare(namespaces(&spec)).map_err(told("new namespaces"))?;
     let executable = protected_executable().map_err(told("read-only view of this program"))?;
+    let forward = Forward::prepare(Terminal::Ours).map_err(|error| error.to_string())?;
     let mut child = Stage::Init
         .command_in(&executable)
         .arg(bundle)
         .arg(std::process::id().to_string())
         .spawn()
         .map_err(told("start of the container's first process"))?;
-    let _forward = Forward::to(pid_of(&child), Terminal::Ours).map_err(|error| error.to_string())?;
+    forward.to(pid_of(&child));
     child.wait().map_err(told("wait for the container"))
 }
 
