@@ -1,6 +1,6 @@
 //! Certificates of signers: Fulcio's short-lived ones and those of other CAs (`pki`).
 //!
-//! The path is built and checked by rustls-webpki for the code-signing purpose. A Fulcio certificate lives for minutes: it is judged at
+//! The path is built and checked by rustls-webpki; what names its purposes must name code signing. A Fulcio certificate lives for minutes: it is judged at
 //! the time that the transparency log has signed, for which no clock is needed. A `pki` certificate is judged by the trusted time, now,
 //! and without one it is refused.
 
@@ -60,7 +60,7 @@ impl SignerCertificate {
         PublicKey::from_spki(&der).map_err(bad)
     }
 
-    /// Checks the path to one of `roots` for code signing, at a time in Unix seconds.
+    /// Checks the path to one of `roots`, in which what names its purposes must name code signing, at a time in Unix seconds.
     pub(super) fn verify_path(
         &self,
         roots: &[CertificateDer<'static>],
@@ -79,7 +79,7 @@ impl SignerCertificate {
             &anchors,
             intermediates,
             UnixTime::since_unix_epoch(Duration::from_secs(seconds)),
-            KeyUsage::required(CODE_SIGNING),
+            KeyUsage::required_if_present(CODE_SIGNING),
             None,
             None,
         )

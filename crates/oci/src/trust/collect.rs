@@ -71,7 +71,9 @@ impl<T> Found<T> {
     fn failed(&mut self, error: TransportError) {
         match error {
             TransportError::NotFound { .. } | TransportError::Unsupported { .. } => {}
-            TransportError::Manifest { .. } | TransportError::TooLarge { .. } => self.notes.push(error.to_string()),
+            TransportError::Manifest { .. }
+            | TransportError::TooLarge { .. }
+            | TransportError::DigestMismatch { .. } => self.notes.push(error.to_string()),
             other => self.failure = Some(other),
         }
     }

@@ -9,11 +9,14 @@
 
 use std::io::{Cursor, Read as _};
 
+use flate2::bufread::{DeflateDecoder, ZlibDecoder};
 use nacre_core::Clock;
 use pgp::{
+    armor::Dearmor,
     composed::{Deserializable as _, SignedPublicKey},
     crypto::hash::HashAlgorithm,
-    packet::{Packet, PacketParser, Signature, SignatureType},
+    packet::{CompressedData, Packet, PacketParser, Signature, SignatureType},
+    ser::Serialize as _,
     types::KeyDetails as _,
 };
 
@@ -21,10 +24,14 @@ use super::{error::SignatureError, gpg_key, payload::SIGNATURE_LIMIT};
 
 /// The most keys of a keyring.
 const KEYS_LIMIT: usize = 1024;
+/// The most packets of a keyring.
+const PACKETS_LIMIT: usize = 64 * KEYS_LIMIT;
 
 /// The public keys of a rule.
 pub struct Keyring {
     keys: Vec<SignedPublicKey>,
+    /// Wherever they stood: a revocation certificate that was appended to a keyring must not be lost.
+    revocations: Vec<Signature>,
 }
 
 /// Who made a signature.
@@ -42,8 +49,17 @@ impl Keyring {
     /// # Errors
     /// What is wrong with it; a keyring without a usable key is wrong too.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let (keys, _) = SignedPublicKey::from_reader_many_buf(Cursor::new(bytes))
+        let bytes = dearmor(bytes)?;
+        let keys = SignedPublicKey::from_bytes_many(Cursor::new(bytes.as_slice()))
             .map_err(|error| format!("no OpenPGP keyring: {error}"))?;
+        let revocations = PacketParser::new(Cursor::new(bytes.as_slice()))
+            .take(PACKETS_LIMIT)
+            .filter_map(|packet| match packet {
+                Ok(Packet::Signature(signature)) => Some(signature),
+                _ => None,
+            })
+            .filter(|signature| signature.typ() == Some(SignatureType::KeyRevocation))
+            .collect();
         let mut usable = Vec::new();
         let mut complaint = None;
         for key in keys.take(KEYS_LIMIT + 1) {
@@ -57,7 +73,7 @@ impl Keyring {
             return Err(format!("more than {KEYS_LIMIT} keys"));
         }
         match (usable.is_empty(), complaint) {
-            (false, _) => Ok(Self { keys: usable }),
+            (false, _) => Ok(Self { keys: usable, revocations }),
             (true, Some(complaint)) => Err(format!("no usable OpenPGP key: {complaint}")),
             (true, None) => Err("no OpenPGP key in it".into()),
         }
@@ -66,6 +82,7 @@ impl Keyring {
     /// Adds the keys of another keyring.
     pub fn append(&mut self, other: Self) {
         self.keys.extend(other.keys);
+        self.revocations.extend(other.revocations);
     }
 
     /// Checks a signed message and gives what was signed, and by whom.
@@ -86,7 +103,7 @@ impl Keyring {
                 }
                 match component.verify(&signature, &payload) {
                     Ok(()) => {
-                        gpg_key::check(key, component, clock)?;
+                        gpg_key::check(key, component, &self.revocations, clock)?;
                         gpg_key::check_signature(&signature, component, clock)?;
                         let signer = GpgSigner {
                             fingerprint: gpg_key::hex(&key.primary_key.fingerprint()),
@@ -100,6 +117,27 @@ impl Keyring {
         }
         Err(failure.unwrap_or_else(|| SignatureError::UnknownKey { signer: gpg_key::issuer(&signature) }))
     }
+}
+
+/// The packets of all armored blocks, or of a binary keyring as they are.
+fn dearmor(bytes: &[u8]) -> Result<Vec<u8>, String> {
+    const BEGIN: &str = "-----BEGIN PGP";
+    const END: &str = "-----END PGP";
+    if bytes.first().is_some_and(|first| first & 0x80 != 0) {
+        return Ok(bytes.to_vec());
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| "neither binary nor armored OpenPGP".to_owned())?;
+    let mut packets = Vec::new();
+    for block in text.split(BEGIN).skip(1).take(KEYS_LIMIT) {
+        // People put words between the blocks, and gpg before each.
+        let end = block.find(END).map_or("", |end| block.split_at(end).1);
+        let tail = end.lines().next().map_or(0, str::len);
+        let block = block.get(..block.len() - end.len() + tail).unwrap_or(block);
+        Dearmor::new(Cursor::new(format!("{BEGIN}{block}\n")))
+            .read_to_end(&mut packets)
+            .map_err(|error| format!("armored OpenPGP: {:.200}", error.to_string()))?;
+    }
+    Ok(packets)
 }
 
 fn check_hash(signature: &Signature) -> Result<(), SignatureError> {
@@ -141,17 +179,7 @@ impl SignedMessage {
         }
         let mut packets = packets(message)?;
         if let [Packet::CompressedData(compressed)] = packets.as_slice() {
-            let mut inner = Vec::new();
-            compressed
-                .decompress()
-                .map_err(malformed)?
-                .take(SIGNATURE_LIMIT as u64 + 1)
-                .read_to_end(&mut inner)
-                .map_err(malformed)?;
-            if inner.len() > SIGNATURE_LIMIT {
-                return Err(malformed(format!("larger than {SIGNATURE_LIMIT} bytes when decompressed")));
-            }
-            packets = self::packets(&inner)?;
+            packets = self::packets(&inflate(compressed)?)?;
         }
         let [Packet::OnePassSignature(announced), Packet::LiteralData(literal), Packet::Signature(signature)] =
             packets.as_slice()
@@ -163,6 +191,24 @@ impl SignedMessage {
         }
         Ok(Self { payload: literal.data().to_vec(), signature: signature.clone() })
     }
+}
+
+/// Decompresses within the limit, and refuses what stands after the end of the compressed data, where nobody would look.
+fn inflate(packet: &CompressedData) -> Result<Vec<u8>, SignatureError> {
+    let body = packet.to_bytes().map_err(malformed)?;
+    let (algorithm, mut data) = body.split_first().ok_or_else(|| malformed("empty compressed data"))?;
+    let mut inner = Vec::new();
+    let limit = SIGNATURE_LIMIT as u64 + 1;
+    match algorithm {
+        0 => inner.extend_from_slice(std::mem::take(&mut data)),
+        1 => drop(DeflateDecoder::new(&mut data).take(limit).read_to_end(&mut inner).map_err(malformed)?),
+        2 => drop(ZlibDecoder::new(&mut data).take(limit).read_to_end(&mut inner).map_err(malformed)?),
+        other => return Err(malformed(format!("compression {other} is not supported (ZIP and ZLIB are)"))),
+    }
+    if inner.len() > SIGNATURE_LIMIT {
+        return Err(malformed(format!("larger than {SIGNATURE_LIMIT} bytes when decompressed")));
+    }
+    if data.is_empty() { Ok(inner) } else { Err(malformed("something follows the compressed data")) }
 }
 
 fn packets(bytes: &[u8]) -> Result<Vec<Packet>, SignatureError> {

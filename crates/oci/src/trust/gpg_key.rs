@@ -79,11 +79,16 @@ pub(super) fn issuer(signature: &Signature) -> String {
     signature.issuer_key_id().first().map_or_else(|| "of no name".into(), |id| id.to_string().to_uppercase())
 }
 
-/// Checks that `component` of `key` may sign, now.
-pub(super) fn check(key: &SignedPublicKey, component: Component<'_>, clock: &dyn Clock) -> Result<(), SignatureError> {
+/// Checks that `component` of `key` may sign, now. `revocations` are the key revocations that came with the key, of whatever keys.
+pub(super) fn check(
+    key: &SignedPublicKey,
+    component: Component<'_>,
+    revocations: &[Signature],
+    clock: &dyn Clock,
+) -> Result<(), SignatureError> {
     let primary = Component::Primary(&key.primary_key);
     let name = format!("key {}", primary.fingerprint());
-    check_not_revoked(key, &name)?;
+    check_not_revoked(key, revocations, &name)?;
     let own = OwnSignatures::of(key, clock, &name)?;
     check_end(&name, primary.created(), own.expiry, clock)?;
     match component {
@@ -113,19 +118,7 @@ pub(super) fn check_signature(
     check_end("the signature", created, signature.signature_expiration_time(), clock)
 }
 
-fn all_signatures(key: &SignedPublicKey) -> impl Iterator<Item = &Signature> {
-    let details = &key.details;
-    details
-        .revocation_signatures
-        .iter()
-        .chain(&details.direct_signatures)
-        .chain(details.users.iter().flat_map(|user| &user.signatures))
-        .chain(details.user_attributes.iter().flat_map(|attribute| &attribute.signatures))
-        .chain(key.public_subkeys.iter().flat_map(|subkey| &subkey.signatures))
-}
-
-/// A revocation certificate may have been appended anywhere in the keyring's file, so it is looked for everywhere.
-fn check_not_revoked(key: &SignedPublicKey, name: &str) -> Result<(), SignatureError> {
+fn check_not_revoked(key: &SignedPublicKey, more: &[Signature], name: &str) -> Result<(), SignatureError> {
     let revokers: Vec<String> = key
         .details
         .direct_signatures
@@ -134,7 +127,7 @@ fn check_not_revoked(key: &SignedPublicKey, name: &str) -> Result<(), SignatureE
         .filter_map(|signature| signature.revocation_key())
         .map(|revoker| revoker.fingerprint.iter().map(|byte| format!("{byte:02X}")).collect())
         .collect();
-    for revocation in all_signatures(key).filter(|signature| signature.typ() == Some(SignatureType::KeyRevocation)) {
+    for revocation in key.details.revocation_signatures.iter().chain(more) {
         let own = revocation.verify_key(&key.primary_key).is_ok();
         let maker = issuer(revocation);
         if own || revokers.iter().any(|revoker| revoker.ends_with(&maker)) {

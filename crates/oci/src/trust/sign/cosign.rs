@@ -14,7 +14,6 @@ use pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _, EncodePublicKey as _};
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use spki::der::pem;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use zeroize::Zeroizing;
 
 use super::{CREATOR, SignError, key_file, payload};
 use crate::{
@@ -284,7 +283,7 @@ mod tests {
     #[test]
     fn keys_of_each_kind_sign_what_their_public_keys_verify() {
         let p384 = p384::SecretKey::random(&mut rand_core::OsRng);
-        let p384: Zeroizing<String> = p384.to_pkcs8_pem(pem::LineEnding::LF).unwrap();
+        let p384: zeroize::Zeroizing<String> = p384.to_pkcs8_pem(pem::LineEnding::LF).unwrap();
         let ed = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).unwrap();
         let ed = pem::encode_string("PRIVATE KEY", pem::LineEnding::LF, ed.as_ref()).unwrap();
         let keys = [

@@ -107,7 +107,7 @@ fn choose(key: &SignedSecretKey, wanted: Option<&str>) -> Result<Option<Option<u
         let Some(found) = public.public_subkeys.iter().find(|public| public.key.fingerprint() == fingerprint) else {
             continue;
         };
-        match gpg_key::check(&public, Component::Sub(found), &SystemClock) {
+        match gpg_key::check(&public, Component::Sub(found), &[], &SystemClock) {
             Ok(()) => subkeys.push((number, subkey.key.created_at().as_secs())),
             // A subkey asked for by name has to work; others are simply not taken.
             Err(error) if !primary_wanted => return Err(error),
@@ -120,6 +120,6 @@ fn choose(key: &SignedSecretKey, wanted: Option<&str>) -> Result<Option<Option<u
     if !primary_wanted {
         return Ok(None);
     }
-    gpg_key::check(&public, Component::Primary(&public.primary_key), &SystemClock)?;
+    gpg_key::check(&public, Component::Primary(&public.primary_key), &[], &SystemClock)?;
     Ok(Some(None))
 }

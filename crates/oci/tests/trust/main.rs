@@ -1,0 +1,11 @@
+//! Whether images are trusted exactly when the policy says so: signatures made and verified by gpg and skopeo, broken ones of every
+//! kind, keys past their time, and the four kinds of image.
+
+mod admission;
+mod certificates;
+mod cosign;
+mod fixtures;
+mod gpg;
+mod interop;
+mod policy;
+mod support;
