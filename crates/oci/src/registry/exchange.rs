@@ -404,6 +404,15 @@ impl Response {
         if bytes.len() as u64 > limit { Err(Failure::TooLarge(limit)) } else { Ok(bytes) }
     }
 
+    /// What a status that is no success means for something that was to be stored: a 404 is then about what it needs.
+    pub(crate) fn into_refusal(self) -> Failure {
+        if self.status != 404 {
+            return self.into_failure();
+        }
+        let url = self.url.clone();
+        Failure::Protocol(format!("{url}: status 404: {}", self.error_words()))
+    }
+
     /// What a status that is no success means.
     pub(crate) fn into_failure(self) -> Failure {
         let (status, url) = (self.status, self.url.clone());

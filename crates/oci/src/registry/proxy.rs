@@ -160,7 +160,7 @@ mod tests {
             assert_eq!(rules.choose(&Url::parse(url).unwrap()).is_some(), proxied, "{url}");
         }
         assert!(
-            super::ProxyRules::new(&ProxyConfig::default(), |n| (n == "NO_PROXY").then(|| "*".into()))
+            ProxyRules::new(&ProxyConfig::default(), |n| (n == "NO_PROXY").then(|| "*".into()))
                 .unwrap()
                 .is_direct("x", 1)
         );

@@ -196,7 +196,7 @@ impl Remote {
             if response.status != 401 || once || rounds >= 3 || refused_for_good || !ours {
                 return Ok(response);
             }
-            self.host.gate.learn(&response.url, &response.headers, scope)?;
+            self.host.gate.learn(&response.url, &response.headers, scope, authorization.as_ref())?;
             // A body that was read lets the connection be used again.
             let _ = response.read_body(REFUSAL_LIMIT);
         }

@@ -74,7 +74,7 @@ impl DockerSink {
         let make = &mut || RequestParts::new(Method::PUT, &url).header(header::CONTENT_TYPE, manifest.media_type());
         let response = self.remote.send_with(&self.push(), make, &mut Payload::Bytes(manifest.bytes()))?;
         if !matches!(response.status, 200..=204) {
-            return Err(response.into_failure());
+            return Err(response.into_refusal());
         }
         check_echo(&response, manifest.digest())?;
         Ok(response.header("oci-subject").is_some())

@@ -113,7 +113,13 @@ impl Drop for Answer {
 
 impl Gate {
     /// Learns from a 401 what the registry wants; forgets the token that it did not take.
-    pub(crate) fn learn(&self, url: &Url, headers: &HeaderMap, scope: &Scope) -> Result<(), Failure> {
+    pub(crate) fn learn(
+        &self,
+        url: &Url,
+        headers: &HeaderMap,
+        scope: &Scope,
+        used: Option<&Authorization>,
+    ) -> Result<(), Failure> {
         let challenges: Vec<Challenge> = headers
             .get_all(header::WWW_AUTHENTICATE)
             .iter()
@@ -140,7 +146,14 @@ impl Gate {
             return Err(Failure::Denied(reason));
         };
         *lock(&self.wanted) = Some(wanted);
-        lock(&self.tokens).remove(scope);
+        // Only the token that was refused: another thread may have fetched a new one meanwhile.
+        let slot = lock(&self.tokens).get(scope).cloned();
+        if let (Some(slot), Some(used)) = (slot, used.and_then(|used| used.value.strip_prefix("Bearer "))) {
+            let mut slot = lock(&slot);
+            if slot.as_ref().is_some_and(|token| token.value.as_str() == used) {
+                *slot = None;
+            }
+        }
         Ok(())
     }
 
@@ -157,7 +170,7 @@ impl Gate {
         match wanted {
             None => Ok(None),
             Some(Wanted::Basic) => {
-                let value = credentials.with(host, &scope.repository, |found| basic_header(found))??;
+                let value = credentials.with(host, &scope.repository, basic_header)??;
                 let value = value.ok_or_else(|| {
                     Failure::Denied(format!("it wants a name and a password, and {}", credentials.looked_at()))
                 })?;

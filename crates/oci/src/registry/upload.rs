@@ -89,7 +89,7 @@ impl Upload<'_> {
         let make = &mut || RequestParts::new(Method::PUT, &url).header(header::CONTENT_TYPE, OCTETS);
         let response = self.remote.send_with(&self.scope, make, payload)?;
         if !matches!(response.status, 201 | 204) {
-            return Err(response.into_failure());
+            return Err(response.into_refusal());
         }
         check_echo(&response, digest)
     }
@@ -194,6 +194,11 @@ fn check(what: &str, expected: Option<&Descriptor>, found: Digest, size: u64) ->
     if expected.digest != found {
         return Err(TransportError::DigestMismatch { what: what.into(), expected: expected.digest, found });
     }
+    if size != expected.size {
+        let (place, reason) =
+            ("what is uploaded".into(), format!("{size} bytes, but its descriptor says {}", expected.size));
+        return Err(TransportError::Protocol { what: what.into(), place, reason });
+    }
     Ok(())
 }
 
@@ -208,7 +213,7 @@ pub(crate) fn check_echo(response: &Response, digest: &Digest) -> Result<(), Fai
 
 fn next_url(response: Response, fine: &[u16]) -> Result<Url, Failure> {
     if !fine.contains(&response.status) {
-        return Err(response.into_failure());
+        return Err(response.into_refusal());
     }
     let location = response.header("location");
     let location =
