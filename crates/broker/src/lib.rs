@@ -1,1 +1,38 @@
-//! The key broker: sessions, appraisal, policies, resources; its HTTP service and storage.
+//! The key broker: it appraises guests and releases secrets to those that a policy trusts.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`Broker`] | the broker itself: sessions, appraisal, release; everything an administrator does. Synchronous, knows no HTTP |
+//! | `files` | its directory: keys, certificate, settings, database |
+//! | `store` | the database: sealed resources, policies, reference values, platforms, the audit log |
+//! | `policy` | Rego, bounded in time, denying by default |
+//! | `sessions` | nonces that work once |
+//! | `admin` | the administrator's tokens |
+//! | [`server`] | the HTTP service under `/kbs/v0` |
+//! | [`AdminClient`] | the administrator's client |
+//!
+//! Invariants: nothing is released without a token of this broker, a policy that says so, and an entry in the audit log that is on disk
+//! before the answer leaves; a nonce works once, whatever became of the attempt; an evaluation that fails, errs or takes too long
+//! is a refusal; what is simulated is released to only where the settings allow it, and is marked everywhere.
+//! Formats: `docs/formats/attestation.md`.
+
+mod admin;
+mod admin_client;
+mod api;
+mod appraise;
+mod broker;
+mod error;
+mod files;
+mod policy;
+mod release;
+pub mod server;
+mod sessions;
+mod store;
+
+pub use admin::admin_token;
+pub use admin_client::{AdminClient, ResourceScope};
+pub use broker::{Broker, InitOptions};
+pub use error::{ApiError, BrokerError};
+pub use files::Settings;
+pub use server::{Handle, Transport, serve};
+pub use store::{AuditEntry, ReferenceValue};

@@ -1,0 +1,163 @@
+//! The administrator's client: blocking, over the same checked channel as the guests'.
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use nacre_attest::client::{BrokerConfig, Call, ClientError, Credential, Transport, accept};
+use nacre_core::{
+    ResourcePath,
+    jose::{PrivateKey, PublicKey, b64},
+};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::{AuditEntry, admin_token};
+
+const JSON: &str = "application/json";
+const BYTES: &str = "application/octet-stream";
+const LONGEST: usize = 16 * 1024 * 1024;
+const TOKEN_SECONDS: u32 = 60;
+
+/// Administers a running broker. A fresh one-minute token is made for every call.
+pub struct AdminClient {
+    transport: Transport,
+    key: PrivateKey,
+    broker: PublicKey,
+    subject: String,
+}
+
+impl AdminClient {
+    /// A client. The configuration must pin the broker's token key (`token.pub`), for which the admin tokens are made.
+    ///
+    /// # Errors
+    /// [`ClientError::Config`].
+    pub fn new(config: &BrokerConfig, key: PrivateKey, subject: &str) -> Result<Self, ClientError> {
+        let broker = config
+            .token_key
+            .clone()
+            .ok_or_else(|| ClientError::Config("an administrator needs the broker's token key (token.pub)".into()))?;
+        Ok(Self { transport: Transport::new(config)?, key, broker, subject: subject.into() })
+    }
+
+    fn call(&self, step: &'static str, path: &str, call: Call<'_>) -> Result<Vec<u8>, ClientError> {
+        let token = admin_token(&self.key, &self.broker, &self.subject, TOKEN_SECONDS)
+            .map_err(|e| ClientError::Config(e.to_string()))?;
+        let reply = self.transport.call(step, path, Credential::Bearer(&token), call, LONGEST)?;
+        Ok(accept(step, reply)?.body)
+    }
+
+    fn post(&self, step: &'static str, path: &str, value: &Value) -> Result<(), ClientError> {
+        self.call(step, path, Call::Post(JSON, value.to_string().as_bytes())).map(drop)
+    }
+
+    fn get<T: DeserializeOwned>(&self, step: &'static str, path: &str) -> Result<T, ClientError> {
+        let body = self.call(step, path, Call::Get)?;
+        serde_json::from_slice(&body)
+            .map_err(|e| ClientError::Config(format!("the answer to {step} is not understood: {e}")))
+    }
+
+    /// Sets a resource.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn put_resource(&self, path: &ResourcePath, value: &[u8]) -> Result<(), ClientError> {
+        self.call("set resource", &format!("/kbs/v0/resource/{path}"), Call::Post(BYTES, value)).map(drop)
+    }
+
+    /// Removes a resource.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_resource(&self, path: &ResourcePath) -> Result<(), ClientError> {
+        self.call("delete resource", &format!("/kbs/v0/resource/{path}"), Call::Delete).map(drop)
+    }
+
+    /// The paths of all resources.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn resources(&self) -> Result<Vec<String>, ClientError> {
+        self.get("list resources", "/kbs/v0/resources")
+    }
+
+    /// Sets an appraisal policy.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_attestation_policy(&self, id: &str, text: &str) -> Result<(), ClientError> {
+        let body = json!({"type": "rego", "policy_id": id, "policy": b64::encode(text)});
+        self.post("set attestation policy", "/kbs/v0/attestation-policy", &body)
+    }
+
+    /// Sets the release policy of a scope; the empty one is all.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_resource_policy(&self, scope: &ResourceScope<'_>, text: &str) -> Result<(), ClientError> {
+        self.post("set resource policy", &scope.path(), &json!({"policy": b64::encode(text)}))
+    }
+
+    /// The release policy of exactly a scope.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn resource_policy(&self, scope: &ResourceScope<'_>) -> Result<String, ClientError> {
+        let answer: Value = self.get("get resource policy", &scope.path())?;
+        let bytes = b64::decode(answer.get("policy").and_then(Value::as_str).unwrap_or_default());
+        let text = bytes.ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        text.ok_or_else(|| ClientError::Config("the answer to get resource policy is not understood".into()))
+    }
+
+    /// Sets a reference value, until `expires` (seconds since 1970) or for a year.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn add_reference_value(&self, id: &str, values: &[Value], expires: Option<i64>) -> Result<(), ClientError> {
+        let payload = BASE64_STANDARD.encode(json!({id: values}).to_string());
+        let body = json!({"version": "0.1.0", "type": "sample", "payload": payload, "expires": expires});
+        self.post("set reference value", "/kbs/v0/reference-value", &body)
+    }
+
+    /// Trusts a simulated platform.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn add_sim_platform_key(&self, key: &PublicKey) -> Result<(), ClientError> {
+        let pem = key.to_pem().map_err(|e| ClientError::Config(e.to_string()))?;
+        self.call("trust platform", "/kbs/v0/sim-platform", Call::Post("application/x-pem-file", pem.as_bytes()))
+            .map(drop)
+    }
+
+    /// The audit log after an entry's number, at most 1000 entries.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn audit(&self, after: u64) -> Result<Vec<AuditEntry>, ClientError> {
+        self.get("audit", &format!("/kbs/v0/audit?after={after}"))
+    }
+}
+
+impl std::fmt::Debug for AdminClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AdminClient").field("url", &self.transport.url()).finish_non_exhaustive()
+    }
+}
+
+/// What a release policy is for. The most specific one decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResourceScope<'a> {
+    /// All resources that have no policy of their own.
+    All,
+    /// A repository's.
+    Repository(&'a str),
+    /// One resource.
+    Resource(&'a ResourcePath),
+}
+
+impl ResourceScope<'_> {
+    fn path(&self) -> String {
+        match self {
+            Self::All => "/kbs/v0/resource-policy".into(),
+            Self::Repository(name) => format!("/kbs/v0/resource-policy?scope={name}"),
+            Self::Resource(path) => format!("/kbs/v0/resource-policy?scope={path}"),
+        }
+    }
+}

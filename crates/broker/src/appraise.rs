@@ -1,0 +1,228 @@
+//! From evidence to a token: `/auth` and `/attest`.
+//!
+//!     nonce spent ─▶ message ─▶ nonce equal ─▶ TEE key sound ─▶ init data sound ─▶ evidence verified (bound to nonce, TEE key and
+//!     init data) ─▶ appraisal policy ─▶ EAR token
+
+use std::sync::Arc;
+
+use nacre_attest::{
+    ear::{Appraisal, Ear, PROFILE, TrustVector, VerifierId},
+    evidence::{Claims, Expected, Verifier as _},
+    initdata::InitData,
+    rcar::{Attestation, Challenge, MessageError, Request, report_data},
+    sim::{self, SimVerifier},
+};
+use nacre_core::{
+    Digest,
+    jose::{Jwk, PublicKey},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    ApiError, AuditEntry, Broker,
+    admin::now,
+    broker::{entry, policy_name},
+    policy,
+    sessions::Opened,
+};
+
+/// Init data entries longer than this are in the token only by their digest, so that it fits into a header.
+const LONGEST_CLAIM: usize = 200;
+
+fn refused(variant: &'static str, detail: impl Into<String>) -> ApiError {
+    ApiError::new(401, variant, detail)
+}
+
+fn malformed(error: &MessageError) -> ApiError {
+    match error {
+        MessageError::TooLong { .. } => ApiError::new(413, "InvalidRequest", error.to_string()),
+        _ => ApiError::bad_request(error.to_string()),
+    }
+}
+
+impl Broker {
+    /// Opens a session.
+    pub(crate) fn auth(&self, body: &[u8]) -> Result<(Opened, Challenge), ApiError> {
+        let request = Request::parse(body).map_err(|e| malformed(&e))?;
+        if request.tee != sim::TEE {
+            return Err(ApiError::bad_request(format!(
+                "TEE '{}' is not supported by this broker: {} is",
+                request.tee,
+                sim::TEE
+            )));
+        }
+        self.check_simulation(request.tee == sim::TEE)?;
+        let opened = self.sessions.open(&request.tee);
+        let challenge = Challenge { nonce: opened.nonce.clone(), extra_params: Value::String(String::new()) };
+        Ok((opened, challenge))
+    }
+
+    /// The one gate for simulated TEEs, beside the policies.
+    pub(crate) fn check_simulation(&self, simulated: bool) -> Result<(), ApiError> {
+        if simulated && !self.settings.allow_simulated {
+            return Err(ApiError::new(
+                403,
+                "SimulatedTee",
+                "this broker releases nothing to simulated TEEs; for demos and tests, set allow_simulated = true in its broker.toml",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Appraises the evidence of a session; gives the token. The session's nonce is spent whatever comes of it.
+    pub(crate) fn attest(&self, session: &str, body: &[u8]) -> Result<String, ApiError> {
+        let (tee, nonce) = self.sessions.spend(session)?;
+        match self.appraise(&tee, &nonce, body) {
+            Ok((ear, audit)) => {
+                let token = ear.issue(&self.keys.token).map_err(|e| refused("TokenIssue", e.to_string()))?;
+                self.store.audit(audit)?;
+                self.sessions.attested(session, Arc::new(ear));
+                Ok(token)
+            }
+            Err(error) => {
+                self.sessions.close(session);
+                self.audit_refusal(AuditEntry {
+                    detail: error.detail.clone(),
+                    simulated: tee == sim::TEE,
+                    ..entry("attestation refused", &tee, String::new())
+                });
+                Err(error)
+            }
+        }
+    }
+
+    fn appraise(&self, tee: &str, nonce: &str, body: &[u8]) -> Result<(Ear, AuditEntry), ApiError> {
+        let message = Attestation::parse(body).map_err(|e| malformed(&e))?;
+        if message.runtime_data.nonce != nonce {
+            return Err(refused("NonceMismatch", "the nonce is not this session's"));
+        }
+        let key = tee_key(&message.runtime_data.tee_pubkey)?;
+        if !message.tee_evidence.additional_evidence.is_empty() {
+            return Err(refused("UnsupportedEvidence", "evidence of additional devices is not supported"));
+        }
+        let init_data = match &message.init_data {
+            None => None,
+            Some(init) if init.format == "toml" => {
+                Some(InitData::parse(&init.body).map_err(|e| refused("InitData", e.to_string()))?)
+            }
+            Some(init) => {
+                return Err(refused("InitData", format!("init data format '{:.40}' is not toml", init.format)));
+            }
+        };
+        let bound =
+            report_data(&message.runtime_data, &message.tee_evidence.additional_evidence).map_err(|e| malformed(&e))?;
+        let expected = Expected { report_data: &bound, init_data: init_data.as_ref() };
+        // Sessions are opened for this TEE only.
+        let claims = self
+            .sim_verifier()?
+            .verify(&message.tee_evidence.primary_evidence, &expected)
+            .map_err(|e| refused("EvidenceVerification", e.to_string()))?
+            .into_inner();
+        self.check_simulation(claims.simulated)?;
+
+        let mut evidence = json!({
+            tee: claims.claims,
+            "report_data": claims.report_data,
+            "runtime_data_claims": message.runtime_data,
+            "init_data": claims.init_data,
+        });
+        let init_claims = |longest: usize| {
+            init_data.as_ref().map(|init| {
+                init.entries()
+                    .iter()
+                    .map(|(name, text)| {
+                        let long = text.len() > longest;
+                        (
+                            name.clone(),
+                            if long { Digest::sha256(text.as_bytes()).to_string() } else { text.clone() }.into(),
+                        )
+                    })
+                    .collect::<serde_json::Map<String, Value>>()
+            })
+        };
+        let mut input = evidence.clone();
+        set(&mut input, "init_data_claims", init_claims(usize::MAX));
+        set(&mut evidence, "init_data_claims", init_claims(LONGEST_CLAIM));
+
+        let (vector, policy_name) = self.trust(input)?;
+        let ear = self.result(vector, evidence, claims.simulated);
+        let audit = audit_entry(&ear, &claims, &key, policy_name);
+        Ok((ear, audit))
+    }
+
+    fn sim_verifier(&self) -> Result<SimVerifier, ApiError> {
+        let mut verifier = SimVerifier::new();
+        for pem in self.store.platforms(sim::TEE)? {
+            let trusted = PublicKey::from_pem(&pem).and_then(|key| verifier.trust(key));
+            trusted.map_err(crate::BrokerError::from)?;
+        }
+        Ok(verifier)
+    }
+
+    fn trust(&self, input: Value) -> Result<(TrustVector, String), ApiError> {
+        let refuse =
+            |why: String| refused("PolicyEngineError", format!("attestation policy {}: {why}", policy::DEFAULT_CPU));
+        let text = self
+            .store
+            .policy(&format!("attestation/{}", policy::DEFAULT_CPU))?
+            .ok_or_else(|| refuse("there is none".into()))?;
+        let references = self.store.references()?;
+        let claims = policy::evaluate(&text, policy::TRUST_CLAIMS, input, None, references).map_err(refuse)?;
+        let claims = serde_json::from_value(claims).map_err(|e| refuse(format!("trust_claims: {e}")))?;
+        let vector = TrustVector::new(claims).map_err(|name| refuse(format!("'{name:.40}' is no trust claim")))?;
+        Ok((vector, policy_name(policy::DEFAULT_CPU, &text)))
+    }
+
+    fn result(&self, vector: TrustVector, evidence: Value, simulated: bool) -> Ear {
+        let iat = now();
+        let module = Appraisal { status: vector.status(), vector, policy_id: "default".into(), evidence };
+        Ear {
+            eat_profile: PROFILE.into(),
+            iat,
+            nbf: iat,
+            exp: iat + i64::from(self.settings.token_lifetime_seconds),
+            iss: self.settings.name.clone(),
+            verifier: VerifierId {
+                build: concat!("nacre-broker ", env!("CARGO_PKG_VERSION")).into(),
+                developer: "https://github.com/nacre-storage/nacre".into(),
+            },
+            submods: [("cpu0".to_owned(), module)].into(),
+            simulated,
+        }
+    }
+}
+
+fn set(object: &mut Value, name: &str, value: Option<serde_json::Map<String, Value>>) {
+    if let (Value::Object(members), Some(value)) = (object, value) {
+        members.insert(name.into(), Value::Object(value));
+    }
+}
+
+/// The TEE key of a message, which must be one that we can encrypt to.
+pub(crate) fn tee_key(value: &Value) -> Result<PublicKey, ApiError> {
+    let jwk: Jwk = serde_json::from_value(value.clone()).map_err(|e| refused("TeeKey", format!("tee-pubkey: {e}")))?;
+    jwk.to_public().map_err(|e| refused("TeeKey", format!("tee-pubkey: {e}")))
+}
+
+/// A guest in the audit log: its TEE key's thumbprint.
+pub(crate) fn guest_name(key: &PublicKey) -> String {
+    format!("guest:{}", Jwk::from_public(key).thumbprint().unwrap_or_default())
+}
+
+fn audit_entry(ear: &Ear, claims: &Claims, key: &PublicKey, policy: String) -> AuditEntry {
+    let vector = &ear.submods.values().next().map(|module| module.vector.clone()).unwrap_or_default();
+    AuditEntry {
+        measurement: claims.measurement.clone(),
+        policy,
+        detail: format!(
+            "{}: {} (executables {}, hardware {}, configuration {})",
+            claims.tee,
+            ear.status().name(),
+            vector.get("executables"),
+            vector.get("hardware"),
+            vector.get("configuration")
+        ),
+        simulated: claims.simulated,
+        ..entry("attested", &guest_name(key), String::new())
+    }
+}

@@ -1,0 +1,173 @@
+//! The broker's directory.
+//!
+//!     broker.toml    settings
+//!     broker.redb    the database
+//!     master.key     32 bytes that seal the resources          0600
+//!     token.key      EC P-256, signs attestation tokens        0600      token.pub   its public key
+//!     tls.key        EC P-256                                  0600      tls.crt     its self-signed certificate: what guests pin
+//!     admin.key      EC P-256, the administrator's: move it away  0600   admin.pub   what the broker knows of it
+//!
+//! Files are written whole and synced before the directory is; `broker.toml` comes last, so that a directory with one is complete.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use nacre_core::{
+    SecretArray,
+    jose::{PrivateKey, PublicKey},
+};
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::BrokerError;
+
+pub(crate) const DATABASE: &str = "broker.redb";
+pub(crate) const SETTINGS: &str = "broker.toml";
+const MASTER: &str = "master.key";
+const TOKEN_KEY: &str = "token.key";
+const TOKEN_PUB: &str = "token.pub";
+const TLS_KEY: &str = "tls.key";
+const TLS_CERT: &str = "tls.crt";
+pub(crate) const ADMIN_KEY: &str = "admin.key";
+const ADMIN_PUB: &str = "admin.pub";
+
+/// What `broker.toml` says.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The broker's name, the issuer of its tokens.
+    pub name: String,
+    /// Whether guests that only simulate a TEE get tokens and resources. For demos and tests.
+    pub allow_simulated: bool,
+    /// How long a token is good.
+    pub token_lifetime_seconds: u32,
+    /// How long a session is good.
+    pub session_lifetime_seconds: u32,
+    /// Sessions at a time; the oldest goes when there are more.
+    pub most_sessions: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            name: "nacre-broker".into(),
+            allow_simulated: false,
+            token_lifetime_seconds: 300,
+            session_lifetime_seconds: 300,
+            most_sessions: 10_000,
+        }
+    }
+}
+
+/// The keys that a running broker holds. The administrator's private key is not among them.
+pub(crate) struct Keys {
+    pub(crate) master: SecretArray<32>,
+    pub(crate) token: PrivateKey,
+    pub(crate) admin: PublicKey,
+    pub(crate) tls_key_pem: Zeroizing<String>,
+    pub(crate) tls_cert_pem: String,
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> BrokerError {
+    let path = path.to_owned();
+    move |source| BrokerError::Io { path, source }
+}
+
+fn write(dir: &Path, name: &str, bytes: &[u8], secret: bool) -> Result<(), BrokerError> {
+    let path = dir.join(name);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(if secret { 0o600 } else { 0o644 })
+        .open(&path)
+        .map_err(io(&path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io(&path))
+}
+
+fn read(dir: &Path, name: &str) -> Result<(PathBuf, Zeroizing<Vec<u8>>), BrokerError> {
+    let path = dir.join(name);
+    let bytes = fs::read(&path).map(Zeroizing::new).map_err(io(&path))?;
+    Ok((path, bytes))
+}
+
+fn text(path: PathBuf, bytes: &[u8]) -> Result<String, BrokerError> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| BrokerError::BadFile { path, why: "not a text".into() })
+}
+
+/// Makes the directory's keys and settings. `names` are the host names and addresses that the certificate is for.
+pub(crate) fn create(dir: &Path, settings: &Settings, names: &[String]) -> Result<(), BrokerError> {
+    fs::create_dir_all(dir).map_err(io(dir))?;
+    if fs::read_dir(dir).map_err(io(dir))?.next().is_some() {
+        return Err(BrokerError::Exists(dir.to_owned()));
+    }
+    write(dir, MASTER, SecretArray::<32>::random().expose(), true)?;
+    for (private, public) in [(TOKEN_KEY, TOKEN_PUB), (ADMIN_KEY, ADMIN_PUB)] {
+        let key = PrivateKey::generate_p256();
+        write(dir, private, key.to_pkcs8_pem()?.as_bytes(), true)?;
+        write(dir, public, key.public().to_pem()?.as_bytes(), false)?;
+    }
+    let (key, certificate) = self_signed(names)?;
+    write(dir, TLS_KEY, key.as_bytes(), true)?;
+    write(dir, TLS_CERT, certificate.as_bytes(), false)?;
+    let settings = toml::to_string(settings).map_err(|e| BrokerError::Invalid(e.to_string()))?;
+    write(dir, SETTINGS, settings.as_bytes(), false)?;
+    fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))
+}
+
+/// A certificate that does not expire: guests pin it and cannot tell the time before they have attested.
+fn self_signed(names: &[String]) -> Result<(Zeroizing<String>, String), BrokerError> {
+    let fail = |e: rcgen::Error| BrokerError::Tls(e.to_string());
+    let mut names = names.to_vec();
+    for always in ["localhost", "127.0.0.1", "::1"] {
+        if !names.iter().any(|name| name == always) {
+            names.push(always.into());
+        }
+    }
+    let key = rcgen::KeyPair::generate().map_err(fail)?;
+    let mut params = rcgen::CertificateParams::new(names).map_err(fail)?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "nacre key broker");
+    let certificate = params.self_signed(&key).map_err(fail)?;
+    Ok((Zeroizing::new(key.serialize_pem()), certificate.pem()))
+}
+
+pub(crate) fn read_settings(dir: &Path) -> Result<Settings, BrokerError> {
+    let (path, bytes) = read(dir, SETTINGS)?;
+    let text = text(path.clone(), &bytes)?;
+    let settings: Settings =
+        toml::from_str(&text).map_err(|e| BrokerError::BadFile { path: path.clone(), why: e.to_string() })?;
+    let bounds = [
+        ("token_lifetime_seconds", (1..=86_400).contains(&settings.token_lifetime_seconds)),
+        ("session_lifetime_seconds", (1..=86_400).contains(&settings.session_lifetime_seconds)),
+        ("most_sessions", (1..=1_000_000).contains(&settings.most_sessions)),
+    ];
+    match bounds.iter().find(|(_, fine)| !fine) {
+        Some((name, _)) => Err(BrokerError::BadFile { path, why: format!("{name} is out of range") }),
+        None => Ok(settings),
+    }
+}
+
+pub(crate) fn read_keys(dir: &Path) -> Result<Keys, BrokerError> {
+    let (path, master) = read(dir, MASTER)?;
+    let master = SecretArray::try_fill(|slot| {
+        if master.len() != slot.len() {
+            return Err(BrokerError::BadFile { path, why: format!("{} bytes instead of 32", master.len()) });
+        }
+        slot.copy_from_slice(&master);
+        Ok(())
+    })?;
+    let bad_key =
+        |path: PathBuf| move |e: nacre_core::jose::JoseError| BrokerError::BadFile { path, why: e.to_string() };
+    let (path, token) = read(dir, TOKEN_KEY)?;
+    let token = PrivateKey::from_bytes(&token).map_err(bad_key(path))?;
+    let (path, admin) = read(dir, ADMIN_PUB)?;
+    let admin = PublicKey::from_bytes(&admin).map_err(bad_key(path))?;
+    let (path, key) = read(dir, TLS_KEY)?;
+    let tls_key_pem = Zeroizing::new(text(path, &key)?);
+    let (path, certificate) = read(dir, TLS_CERT)?;
+    Ok(Keys { master, token, admin, tls_key_pem, tls_cert_pem: text(path, &certificate)? })
+}

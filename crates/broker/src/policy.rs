@@ -1,0 +1,168 @@
+//! Rego policies: compiled and evaluated with a time limit, denying by default.
+//!
+//! `query_reference_value(id)` gives the reference value's list, or null where there is none or it has expired. Anything but a plain result
+//! (an error, no value, another type, too long) is a refusal, whose reason the caller sees and logs.
+
+use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
+
+use regorus::utils::limits::ExecutionTimerConfig;
+use serde_json::Value;
+
+use crate::store::ReferenceValue;
+
+/// What attestation policies compute.
+pub(crate) const TRUST_CLAIMS: &str = "data.policy.trust_claims";
+/// What resource policies compute.
+pub(crate) const ALLOW: &str = "data.policy.allow";
+/// The appraisal policy of CPU TEEs, and the one that is shipped.
+pub(crate) const DEFAULT_CPU: &str = "default_cpu";
+pub(crate) const DEFAULT_CPU_TEXT: &str = include_str!("policies/attestation_cpu.rego");
+pub(crate) const DEFAULT_RESOURCE_TEXT: &str = include_str!("policies/resource.rego");
+
+/// Bytes of a policy at most.
+pub(crate) const LONGEST: usize = 256 * 1024;
+/// An evaluation takes a millisecond; one that takes this long is broken or hostile.
+const TIME_LIMIT: Duration = Duration::from_secs(2);
+const CHECK_EVERY: NonZeroU32 = NonZeroU32::MIN.saturating_add(63);
+
+pub(crate) type References = BTreeMap<String, ReferenceValue>;
+
+/// Evaluates one rule of a policy.
+pub(crate) fn evaluate(
+    policy: &str,
+    rule: &str,
+    input: Value,
+    data: Option<Value>,
+    references: References,
+) -> Result<Value, String> {
+    let mut engine = engine(policy, references)?;
+    engine.set_input(regorus::Value::from(input));
+    if let Some(data) = data {
+        engine.add_data(regorus::Value::from(data)).map_err(|e| shorten(&e))?;
+    }
+    match engine.eval_rule(rule.to_owned()).map_err(|e| shorten(&e))? {
+        regorus::Value::Undefined => Err(format!("{rule} has no value for this input")),
+        value => serde_json::to_value(&value).map_err(|e| e.to_string()),
+    }
+}
+
+/// Whether a text can serve as a policy with such a rule.
+pub(crate) fn check(policy: &str, rule: &str) -> Result<(), String> {
+    if policy.len() > LONGEST {
+        return Err(format!("{} bytes: at most {LONGEST} are accepted", policy.len()));
+    }
+    let mut engine = engine(policy, References::new())?;
+    engine.set_input(regorus::Value::new_object());
+    engine.eval_rule(rule.to_owned()).map(drop).map_err(|e| format!("{rule}: {}", shorten(&e)))
+}
+
+fn engine(policy: &str, references: References) -> Result<regorus::Engine, String> {
+    let mut engine = regorus::Engine::new();
+    engine.set_execution_timer_config(ExecutionTimerConfig { limit: TIME_LIMIT, check_interval: CHECK_EVERY });
+    let package = engine.add_policy("policy.rego".into(), policy.to_owned()).map_err(|e| shorten(&e))?;
+    if package != "data.policy" {
+        return Err(format!("its package is '{package}' and must be 'policy'"));
+    }
+    let references = Arc::new(references);
+    let query = move |parameters: Vec<regorus::Value>| {
+        let id = parameters.first().and_then(|id| id.as_string().ok()).map(ToString::to_string).unwrap_or_default();
+        Ok(match references.get(&id) {
+            Some(reference) => regorus::Value::from(Value::Array(reference.values.clone())),
+            None => regorus::Value::Null,
+        })
+    };
+    engine.add_extension("query_reference_value".into(), 1, Box::new(query)).map_err(|e| shorten(&e))?;
+    Ok(engine)
+}
+
+fn shorten(error: &impl ToString) -> String {
+    error.to_string().chars().take(500).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn references(entries: &[(&str, Value)]) -> References {
+        entries
+            .iter()
+            .map(|(id, value)| ((*id).into(), ReferenceValue { values: vec![value.clone()], expires: i64::MAX }))
+            .collect()
+    }
+
+    fn claims(input: Value, entries: &[(&str, Value)]) -> (i64, i64, i64) {
+        let result = evaluate(DEFAULT_CPU_TEXT, TRUST_CLAIMS, input, None, references(entries)).unwrap();
+        let get = |name: &str| result[name].as_i64().unwrap();
+        (get("executables"), get("hardware"), get("configuration"))
+    }
+
+    #[test]
+    fn the_default_appraisal_recognises_what_reference_values_name() {
+        let sim = |debug: bool| json!({"sim": {"simulated": true, "measurement": "aa", "init_data": "bb", "svn": 2, "debug": debug}});
+        let measured = ("sim.measurement", json!("aa"));
+        assert_eq!(claims(json!({}), &[]), (33, 97, 36));
+        assert_eq!(claims(sim(false), &[]), (33, 2, 3));
+        assert_eq!(claims(sim(false), &[measured.clone()]), (3, 2, 3));
+        assert_eq!(claims(sim(true), &[measured.clone()]), (3, 2, 36));
+        assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("bb"))]), (3, 2, 2));
+        assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("cc"))]), (3, 2, 36));
+        assert_eq!(claims(sim(false), &[measured.clone(), ("sim.svn", json!(3))]), (3, 97, 3));
+        assert_eq!(claims(sim(false), &[("sim.measurement", json!("ab"))]), (33, 2, 3));
+    }
+
+    #[test]
+    fn the_default_release_is_to_affirmed_guests_only() {
+        let allow = |modules: Value| {
+            evaluate(
+                DEFAULT_RESOURCE_TEXT,
+                ALLOW,
+                json!({"submods": modules}),
+                Some(json!({"plugin": "resource"})),
+                References::new(),
+            )
+        };
+        let module = |status: &str, executables: i64| json!({"ear.status": status, "ear.trustworthiness-vector": {"executables": executables, "hardware": 2, "configuration": 3}});
+        assert_eq!(allow(json!({"cpu0": module("affirming", 3)})).unwrap(), true);
+        for denied in [
+            json!({}),
+            json!(null),
+            json!({"cpu0": {}}),
+            json!({"cpu0": module("contraindicated", 3)}),
+            json!({"cpu0": module("warning", 3)}),
+            json!({"cpu0": module("none", 3)}),
+            json!({"cpu0": module("affirming", 0)}),
+            json!({"cpu0": module("affirming", 3), "gpu0": module("contraindicated", 3)}),
+        ] {
+            // Nonsense may also make it fail, which denies as well.
+            assert_eq!(allow(denied.clone()).unwrap_or(Value::Bool(false)), false, "{denied}");
+        }
+    }
+
+    #[test]
+    fn broken_policies_are_not_accepted() {
+        assert!(check(DEFAULT_CPU_TEXT, TRUST_CLAIMS).is_ok());
+        assert!(check(DEFAULT_RESOURCE_TEXT, ALLOW).is_ok());
+        for bad in [
+            "",
+            "allow := true",
+            "package other\nallow := true",
+            "package policy\nallowed := true",
+            "package policy\nallow := ",
+            "package policy\nallow := true if { http.send({}) }",
+            "package policy\nallow := true if { x := unknown(1) }",
+        ] {
+            assert!(check(bad, ALLOW).is_err(), "{bad}");
+        }
+        assert!(check(&format!("{DEFAULT_RESOURCE_TEXT}\n{}", "# x\n".repeat(LONGEST)), ALLOW).is_err());
+    }
+
+    #[test]
+    fn a_policy_that_runs_away_is_stopped() {
+        let policy = "package policy\nimport rego.v1\nallow if { some x in numbers.range(1, 3000); some y in numbers.range(1, 3000); some z in numbers.range(1, 3000); x + y + z == input.never }";
+        let start = std::time::Instant::now();
+        assert!(evaluate(policy, ALLOW, json!({"never": 0}), None, References::new()).is_err());
+        assert!(start.elapsed() < TIME_LIMIT * 5, "{:?}", start.elapsed());
+    }
+}
