@@ -104,8 +104,8 @@ mod tests {
         let measured = ("sim.measurement", json!("aa"));
         assert_eq!(claims(json!({}), &[]), (33, 97, 36));
         assert_eq!(claims(sim(false), &[]), (33, 2, 3));
-        assert_eq!(claims(sim(false), &[measured.clone()]), (3, 2, 3));
-        assert_eq!(claims(sim(true), &[measured.clone()]), (3, 2, 36));
+        assert_eq!(claims(sim(false), std::slice::from_ref(&measured)), (3, 2, 3));
+        assert_eq!(claims(sim(true), std::slice::from_ref(&measured)), (3, 2, 36));
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("bb"))]), (3, 2, 2));
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("cc"))]), (3, 2, 36));
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.svn", json!(3))]), (3, 97, 3));

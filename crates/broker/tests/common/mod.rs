@@ -144,7 +144,7 @@ pub(crate) fn attestation(attester: &dyn Attester, nonce: &str, key: &PrivateKey
 
 /// The status and the kind of error of a refusal.
 pub(crate) fn refusal(reply: &Reply) -> (u16, String) {
-    let error = ErrorBody::parse(&reply.body).unwrap_or_else(|| panic!("{}", String::from_utf8_lossy(&reply.body)));
+    let error = ErrorBody::parse(&reply.body).unwrap();
     assert!(error.kind.starts_with("https://github.com/confidential-containers/kbs/errors/"));
     (reply.status, error.variant().to_owned())
 }
