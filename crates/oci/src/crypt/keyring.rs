@@ -13,7 +13,9 @@ use super::{
     pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
-use crate::{copy::OpenLayerKey, manifest::Descriptor};
+#[cfg(feature = "sign")]
+use crate::copy::OpenLayerKey;
+use crate::manifest::Descriptor;
 
 /// Keys and services that may open the layers of an image. Shared by all threads that decrypt.
 #[derive(Default)]
@@ -167,6 +169,7 @@ impl Keyring {
     }
 }
 
+#[cfg(feature = "sign")]
 impl OpenLayerKey for Keyring {
     fn open(&self, layer: &Descriptor) -> Result<LayerSecret, CryptError> {
         self.unwrap(layer)

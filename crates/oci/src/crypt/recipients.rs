@@ -16,6 +16,7 @@ use super::{
     coco, jwe, keyfile, pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
+#[cfg(feature = "sign")]
 use crate::copy::WrapLayerKey;
 
 /// As many recipients as readers of a JWE take; more go into another one.
@@ -194,6 +195,7 @@ impl Recipients {
     }
 }
 
+#[cfg(feature = "sign")]
 impl WrapLayerKey for Recipients {
     fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
         self.wrap(secret)
