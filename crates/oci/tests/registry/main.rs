@@ -4,6 +4,7 @@
 mod auth;
 mod config;
 mod downloads;
+mod memory;
 mod peers;
 mod proxies;
 mod redirects;
