@@ -15,4 +15,5 @@ mod fixtures;
 mod gpg;
 mod interop;
 mod policy;
+mod registry;
 mod support;
