@@ -423,6 +423,10 @@ impl Response {
         } else {
             format!("{url}: status {status}: {words}")
         };
+        let reason = match retry_after {
+            Some(after) => format!("{reason} (Retry-After: {} s)", after.as_secs()),
+            None => reason,
+        };
         match status {
             404 => Failure::NotFound,
             401 | 403 => Failure::Denied(reason),

@@ -206,6 +206,23 @@ fn an_answer_that_never_comes_is_not_waited_for() {
 }
 
 #[test]
+fn a_handshake_that_never_ends_is_not_waited_for() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let name = format!("{}/a:b", listener.local_addr().unwrap());
+    let config = ClientConfig {
+        retries: 0,
+        insecure: false,
+        system_roots: true,
+        connect_timeout: Duration::from_millis(300),
+        ..quick()
+    };
+    let start = Instant::now();
+    let error = source(&client(config), &name).manifest(None).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(matches!(error, TransportError::Network { attempts: 1, .. } | TransportError::Config { .. }), "{error}");
+}
+
+#[test]
 fn lies_about_length_are_refused() {
     let blob = noise(100_000);
     for lie in [0, 99_999, 100_001, u64::MAX] {
@@ -301,6 +318,7 @@ fn a_busy_registry_is_asked_again_when_it_says() {
     let start = Instant::now();
     let error = source(&client(quick()), &name).manifest(None).unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(2) && error.to_string().contains("429"), "{error}");
+    assert!(error.to_string().contains("Retry-After: 100000 s"), "{error}");
 }
 
 #[test]
