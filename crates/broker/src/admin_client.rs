@@ -50,8 +50,7 @@ impl AdminClient {
 
     fn get<T: DeserializeOwned>(&self, step: &'static str, path: &str) -> Result<T, ClientError> {
         let body = self.call(step, path, Call::Get)?;
-        serde_json::from_slice(&body)
-            .map_err(|e| ClientError::Config(format!("the answer to {step} is not understood: {e}")))
+        serde_json::from_slice(&body).map_err(|e| ClientError::Answer { step, why: e.to_string() })
     }
 
     /// Sets a resource.
@@ -103,7 +102,7 @@ impl AdminClient {
         let answer: Value = self.get("get resource policy", &scope.path())?;
         let bytes = b64::decode(answer.get("policy").and_then(Value::as_str).unwrap_or_default());
         let text = bytes.ok().and_then(|bytes| String::from_utf8(bytes).ok());
-        text.ok_or_else(|| ClientError::Config("the answer to get resource policy is not understood".into()))
+        text.ok_or_else(|| ClientError::Answer { step: "get resource policy", why: "no policy in it".into() })
     }
 
     /// Sets a reference value, until `expires` (seconds since 1970) or for a year.

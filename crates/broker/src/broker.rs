@@ -69,13 +69,17 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`], [`BrokerError::Exists`] among them.
     pub fn init(dir: &Path, options: &InitOptions) -> Result<Self, BrokerError> {
-        files::create(dir, &options.settings, &options.names)?;
+        files::create(dir, &options.names)?;
         let keys = files::read_keys(dir)?;
         let store = Store::create(&dir.join(files::DATABASE), &keys.master)?;
-        let broker = Self::assemble(dir, keys, store)?;
-        broker.set_attestation_policy(policy::DEFAULT_CPU, policy::DEFAULT_CPU_TEXT)?;
-        broker.set_resource_policy("", policy::DEFAULT_RESOURCE_TEXT)?;
-        Ok(broker)
+        for (event, key, id, text) in [
+            ("attestation policy set", "attestation/default_cpu", policy::DEFAULT_CPU, policy::DEFAULT_CPU_TEXT),
+            ("resource policy set", "resource", "", policy::DEFAULT_RESOURCE_TEXT),
+        ] {
+            store.set_policy(key, text, policy_entry(event, LOCAL, id, text))?;
+        }
+        files::write_settings(dir, &options.settings)?;
+        Self::assemble(dir, keys, store)
     }
 
     /// Opens a broker. Only one process can have it open.
@@ -83,6 +87,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn open(dir: &Path) -> Result<Self, BrokerError> {
+        files::read_settings(dir)?;
         let keys = files::read_keys(dir)?;
         let store = Store::open(&dir.join(files::DATABASE), &keys.master)?;
         Self::assemble(dir, keys, store)

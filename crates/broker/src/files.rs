@@ -7,7 +7,7 @@
 //!     tls.key        EC P-256                                  0600      tls.crt     its self-signed certificate: what guests pin
 //!     admin.key      EC P-256, the administrator's: move it away  0600   admin.pub   what the broker knows of it
 //!
-//! Files are written whole and synced before the directory is; `broker.toml` comes last, so that a directory with one is complete.
+//! `broker.toml` comes last, when everything else is on disk, so that a directory with one is complete.
 
 use std::{
     fs::{self, OpenOptions},
@@ -98,8 +98,8 @@ fn text(path: PathBuf, bytes: &[u8]) -> Result<String, BrokerError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| BrokerError::BadFile { path, why: "not a text".into() })
 }
 
-/// Makes the directory's keys and settings. `names` are the host names and addresses that the certificate is for.
-pub(crate) fn create(dir: &Path, settings: &Settings, names: &[String]) -> Result<(), BrokerError> {
+/// Makes the directory and its keys. `names` are the host names and addresses that the certificate is for.
+pub(crate) fn create(dir: &Path, names: &[String]) -> Result<(), BrokerError> {
     fs::create_dir_all(dir).map_err(io(dir))?;
     if fs::read_dir(dir).map_err(io(dir))?.next().is_some() {
         return Err(BrokerError::Exists(dir.to_owned()));
@@ -112,10 +112,16 @@ pub(crate) fn create(dir: &Path, settings: &Settings, names: &[String]) -> Resul
     }
     let (key, certificate) = self_signed(names)?;
     write(dir, TLS_KEY, key.as_bytes(), true)?;
-    write(dir, TLS_CERT, certificate.as_bytes(), false)?;
+    write(dir, TLS_CERT, certificate.as_bytes(), false)
+}
+
+/// Writes the settings, which makes the directory complete: all names in it are on disk when this returns.
+pub(crate) fn write_settings(dir: &Path, settings: &Settings) -> Result<(), BrokerError> {
+    let sync = || fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir));
     let settings = toml::to_string(settings).map_err(|e| BrokerError::Invalid(e.to_string()))?;
+    sync()?;
     write(dir, SETTINGS, settings.as_bytes(), false)?;
-    fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))
+    sync()
 }
 
 /// A certificate that does not expire: guests pin it and cannot tell the time before they have attested.

@@ -250,3 +250,27 @@ fn a_false_broker_is_not_talked_to() {
     let config = BrokerConfig { token_key: Some(other.broker.token_key()), ..rig.config() };
     assert!(matches!(try_with(config), ClientError::Token(_)));
 }
+
+#[test]
+fn a_damaged_or_unfinished_directory_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("b");
+    drop(Broker::init(&root, &InitOptions::default()).unwrap());
+    let refused = |file: &str, text: &[u8]| {
+        let kept = std::fs::read(root.join(file)).unwrap();
+        std::fs::write(root.join(file), text).unwrap();
+        let error = Broker::open(&root).unwrap_err().to_string();
+        assert!(error.contains(file), "{file}: {error}");
+        std::fs::write(root.join(file), kept).unwrap();
+    };
+    refused("broker.toml", b"allow_simulatd = true");
+    refused("broker.toml", b"token_lifetime_seconds = 0");
+    refused("broker.toml", b"most_sessions = -1");
+    refused("master.key", b"short");
+    refused("token.key", b"-----BEGIN PRIVATE KEY-----");
+    refused("admin.pub", b"");
+    drop(Broker::open(&root).unwrap());
+    // As an init that was cut leaves it.
+    std::fs::remove_file(root.join("broker.toml")).unwrap();
+    assert!(matches!(Broker::open(&root), Err(BrokerError::Io { path, .. }) if path.ends_with("broker.toml")));
+}

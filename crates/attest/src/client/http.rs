@@ -148,9 +148,7 @@ impl Transport {
         limit: usize,
     ) -> Result<Reply, ClientError> {
         let fail = |source: ureq::Error| match source {
-            ureq::Error::BodyExceedsLimit(_) => {
-                ClientError::Config(format!("the answer to {step} is longer than {limit} bytes"))
-            }
+            ureq::Error::BodyExceedsLimit(_) => ClientError::Answer { step, why: format!("longer than {limit} bytes") },
             source => ClientError::Network { url: self.url.clone(), source: Box::new(source) },
         };
         let mut response = result.map_err(fail)?;

@@ -78,6 +78,14 @@ pub enum ClientError {
         /// What is wrong.
         source: MessageError,
     },
+    /// An answer that cannot be used.
+    #[error("broker's answer to {step}: {why}")]
+    Answer {
+        /// What was asked.
+        step: &'static str,
+        /// What is wrong with the answer.
+        why: String,
+    },
     /// No session cookie came with the challenge.
     #[error(
         "broker's answer to auth carries no session cookie: it is not a key broker, or something between drops cookies"
