@@ -1,19 +1,16 @@
 //! Copies one layer, through the steps of its plan.
 
-use std::{
-    io::Read,
-    sync::{Arc, PoisonError, atomic::AtomicBool},
-};
+use std::{io::Read, sync::atomic::AtomicBool};
 
 use nacre_core::{Digest, Hasher, Task};
 
 use super::{
     CopyError, Job,
     plan::LayerPlan,
-    streams::{self, Checked, Decrypt, DiffIdTee, DigestCheck, Encrypt, Encrypted, Watched},
+    streams::{self, Checked, DiffIdTee, DigestCheck, Watched},
 };
 use crate::{
-    crypt::{self, LayerEncryptor, PublicOptions},
+    crypt::{self, DecryptingReader},
     manifest::{Compression, Descriptor},
 };
 
@@ -58,7 +55,7 @@ pub(super) fn verbatim(
         task.done("already there");
         return Ok(true);
     }
-    put(job, Watched::new(open(job, descriptor, task, stop)?), &descriptor.digest, Some(descriptor))?;
+    put(job, open(job, descriptor, task, stop)?, &descriptor.digest, Some(descriptor))?;
     task.done("copied");
     Ok(false)
 }
@@ -82,18 +79,18 @@ fn open<'a>(
 }
 
 /// Writes a stream that must then have been read to its end; where it failed, its own error is the one that is told.
-fn put(
+fn put<R: Read>(
     job: &Job<'_>,
-    mut content: Watched<impl Read>,
+    content: R,
     what: &Digest,
     expected: Option<&Descriptor>,
-) -> Result<(Digest, u64), CopyError> {
-    let stored = job.sink.put_blob(&mut content, expected);
-    match stored {
+) -> Result<((Digest, u64), R), CopyError> {
+    let mut content = Watched::new(content);
+    match job.sink.put_blob(&mut content, expected) {
         Err(error) if !content.failed() => Err(error.into()),
         stored => {
-            content.outcome(&what.to_string())?;
-            Ok(stored?)
+            let content = content.outcome(&what.to_string())?;
+            Ok((stored?, content))
         }
     }
 }
@@ -118,22 +115,15 @@ fn transform(job: &Job<'_>, layer: &Layer<'_>, task: &dyn Task, stop: &AtomicBoo
         stream = streams::compress(stream, recompress.to, recompress.level).map_err(damaged)?;
         descriptor.annotations.retain(|name, _| !OF_THE_BYTES.iter().any(|prefix| name.starts_with(prefix)));
     }
-    let encrypted = Encrypted::default();
-    if plan.encrypt {
-        let encryptor = LayerEncryptor::new().map_err(in_layer)?;
-        stream = Box::new(Encrypt::new(stream, encryptor, Arc::clone(&encrypted)));
-    }
-    let (digest, size) = put(job, Watched::new(stream), &plan.source.digest, None)?;
-    if plan.encrypt {
-        let outcome = encrypted.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let missing = || CopyError::NotReadToEnd(plan.source.digest.to_string());
-        let ((secret, public), (keys, _)) = outcome.zip(job.options.encrypt).ok_or_else(missing)?;
-        descriptor.annotations.extend(keys.wrap(&secret).map_err(in_layer)?);
-        descriptor.annotations.insert(crypt::PUBOPTS_ANNOTATION.into(), public.to_annotation());
+    let recipients = if plan.encrypt { job.options.encrypt.map(|(recipients, _)| recipients) } else { None };
+    if let Some(recipients) = recipients {
+        let stream = crypt::encrypt_layer(&descriptor, stream, recipients).map_err(in_layer)?;
+        let ((digest, size), stream) = put(job, stream, &plan.source.digest, None)?;
+        descriptor = stream.finish(digest, size).map_err(in_layer)?;
+    } else {
+        (descriptor.digest, descriptor.size) = put(job, stream, &plan.source.digest, None)?.0;
     }
     descriptor.media_type.clone_from(&plan.media_type);
-    descriptor.digest = digest;
-    descriptor.size = size;
     Ok(descriptor)
 }
 
@@ -145,21 +135,18 @@ fn decrypt<'a>(
 ) -> Result<Box<dyn Read + Send + 'a>, CopyError> {
     let source = &layer.plan.source;
     let in_layer = |error| CopyError::Crypt { layer: source.digest.to_string(), source: error };
+    // A plan decrypts only where there is a keyring.
     let keys = job.options.decrypt.ok_or_else(|| CopyError::NotReadToEnd(source.digest.to_string()))?;
-    let secret = keys.open(source).map_err(in_layer)?;
-    let public = PublicOptions::of(source).map_err(in_layer)?;
-    let mut decryptor = secret.decryptor(&public).map_err(in_layer)?;
-    let mut side_check = None;
-    // Encryptors that compress in the same run recorded the uncompressed layer's digest: then that is what is checked.
-    if let Some(diff_id) = layer.diff_id.filter(|diff_id| diff_id == secret.digest()) {
-        decryptor = decryptor.with_diff_id(&diff_id);
-        // Where it is decompressed anyway, the check comes for nothing.
-        side_check = layer.plan.recompress.is_none().then_some(diff_id);
+    let secret = keys.unwrap(source).map_err(in_layer)?;
+    let stream = DecryptingReader::new(source, stream, &secret, layer.diff_id.as_ref()).map_err(in_layer)?;
+    // Encryptors that compress in the same run recorded the uncompressed layer's digest: then the reader leaves its check to us. Where
+    // the layer is decompressed anyway, that is done already.
+    match layer.diff_id.filter(|diff_id| diff_id == secret.digest() && layer.plan.recompress.is_none()) {
+        None => Ok(Box::new(stream)),
+        Some(diff_id) => {
+            let compression = layer.plan.compression.unwrap_or(Compression::None);
+            let tee = DiffIdTee::new(stream, compression, diff_id, job.options.layer_limit);
+            Ok(Box::new(tee.map_err(|error| CopyError::Stream { what: source.digest.to_string(), source: error })?))
+        }
     }
-    let stream = Decrypt::new(stream, decryptor);
-    let Some(diff_id) = side_check else { return Ok(Box::new(stream)) };
-    let compression = layer.plan.compression.unwrap_or(Compression::None);
-    let tee = DiffIdTee::new(stream, compression, diff_id, job.options.layer_limit)
-        .map_err(|error| CopyError::Stream { what: source.digest.to_string(), source: error })?;
-    Ok(Box::new(tee))
 }

@@ -17,12 +17,12 @@ mod signatures;
 mod store;
 mod streams;
 
-use std::{collections::BTreeMap, io};
+use std::io;
 
 use nacre_core::{Digest, Progress, Verified};
 
 use crate::{
-    crypt::{CryptError, LayerSecret},
+    crypt::{CryptError, Keyring, Recipients},
     manifest::{Compression, Descriptor, Index, ManifestError, Platform, RawManifest, verify_manifest},
     source::{ImageSink, ImageSource, TransportError},
     trust::{LookasideConfig, sign::SignError},
@@ -98,24 +98,6 @@ pub struct Recompress {
     pub level: Option<u32>,
 }
 
-/// Opens the keys of encrypted layers.
-pub trait OpenLayerKey: Send + Sync {
-    /// The key of a layer, from the annotations of its descriptor.
-    ///
-    /// # Errors
-    /// [`CryptError`]
-    fn open(&self, layer: &Descriptor) -> Result<LayerSecret, CryptError>;
-}
-
-/// Wraps the keys of layers for those who may decrypt them.
-pub trait WrapLayerKey: Send + Sync {
-    /// The annotations that carry the wrapped key.
-    ///
-    /// # Errors
-    /// [`CryptError`]
-    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError>;
-}
-
 /// What a copy changes. The default changes nothing.
 pub struct CopyOptions<'a> {
     /// Which images of an index.
@@ -125,9 +107,9 @@ pub struct CopyOptions<'a> {
     /// The layers' compression; `None` keeps it, but compresses plain tars for registries and OCI layouts.
     pub compression: Option<Recompress>,
     /// Keys for layers that are encrypted at the source, all of which are then decrypted; `None` leaves them as they are.
-    pub decrypt: Option<&'a dyn OpenLayerKey>,
+    pub decrypt: Option<&'a Keyring>,
     /// For whom layers are encrypted, and which.
-    pub encrypt: Option<(&'a dyn WrapLayerKey, &'a EncryptLayers)>,
+    pub encrypt: Option<(&'a Recipients, &'a EncryptLayers)>,
     /// Signatures of the source.
     pub signatures: ExistingSignatures,
     /// Who signs the copy, as what.

@@ -2,17 +2,13 @@
 
 use std::{
     io::{self, BufReader, Read, Write},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nacre_core::{Digest, Hasher, Task};
 
 use super::CopyError;
 use crate::{
-    crypt::{LayerDecryptor, LayerEncryptor, LayerSecret, PublicOptions},
     manifest::{Compression, Descriptor},
     source::TransportError,
 };
@@ -150,64 +146,6 @@ pub(super) fn compress<'a>(
     })
 }
 
-/// Decrypts; it ends only when the MAC and the digest of the plaintext hold.
-pub(super) struct Decrypt<R> {
-    inner: R,
-    decryptor: Option<LayerDecryptor>,
-}
-
-impl<R> Decrypt<R> {
-    pub(super) fn new(inner: R, decryptor: LayerDecryptor) -> Self {
-        Self { inner, decryptor: Some(decryptor) }
-    }
-}
-
-impl<R: Read> Read for Decrypt<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(decryptor) = &mut self.decryptor else { return Ok(0) };
-        let count = self.inner.read(buffer)?;
-        if count > 0 {
-            decryptor.update(buffer.get_mut(..count).unwrap_or_default()).map_err(io::Error::other)?;
-        } else if !buffer.is_empty()
-            && let Some(decryptor) = self.decryptor.take()
-        {
-            decryptor.finish().map_err(io::Error::other)?;
-        }
-        Ok(count)
-    }
-}
-
-/// What encryption leaves behind when the layer is at its end.
-pub(super) type Encrypted = Arc<Mutex<Option<(LayerSecret, PublicOptions)>>>;
-
-/// Encrypts.
-pub(super) struct Encrypt<R> {
-    inner: R,
-    encryptor: Option<LayerEncryptor>,
-    result: Encrypted,
-}
-
-impl<R> Encrypt<R> {
-    pub(super) fn new(inner: R, encryptor: LayerEncryptor, result: Encrypted) -> Self {
-        Self { inner, encryptor: Some(encryptor), result }
-    }
-}
-
-impl<R: Read> Read for Encrypt<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(encryptor) = &mut self.encryptor else { return Ok(0) };
-        let count = self.inner.read(buffer)?;
-        if count > 0 {
-            encryptor.update(buffer.get_mut(..count).unwrap_or_default()).map_err(io::Error::other)?;
-        } else if !buffer.is_empty()
-            && let Some(encryptor) = self.encryptor.take()
-        {
-            *self.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(encryptor.finish());
-        }
-        Ok(count)
-    }
-}
-
 /// Checks on the side that the compressed layer that flows through has a diff_id when it is decompressed.
 pub(super) struct DiffIdTee<R> {
     inner: R,
@@ -300,11 +238,11 @@ impl<R> Watched<R> {
         Self { inner, ended: false, failure: None }
     }
 
-    /// What the stream says of itself, after somebody read it.
-    pub(super) fn outcome(self, what: &str) -> Result<(), CopyError> {
+    /// What the stream says of itself, after somebody read it; and the stream.
+    pub(super) fn outcome(self, what: &str) -> Result<R, CopyError> {
         match self.failure {
             Some(error) => Err(CopyError::from_stream(what, error)),
-            None if self.ended => Ok(()),
+            None if self.ended => Ok(self.inner),
             None => Err(CopyError::NotReadToEnd(what.into())),
         }
     }

@@ -13,8 +13,6 @@ use super::{
     pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
-#[cfg(feature = "sign")]
-use crate::copy::OpenLayerKey;
 use crate::manifest::Descriptor;
 
 /// Keys and services that may open the layers of an image. Shared by all threads that decrypt.
@@ -166,13 +164,6 @@ impl Keyring {
                 self.providers.ask(name, arguments, Question::Unwrap(packet))
             }
         }
-    }
-}
-
-#[cfg(feature = "sign")]
-impl OpenLayerKey for Keyring {
-    fn open(&self, layer: &Descriptor) -> Result<LayerSecret, CryptError> {
-        self.unwrap(layer)
     }
 }
 

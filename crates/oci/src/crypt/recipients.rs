@@ -16,8 +16,6 @@ use super::{
     coco, jwe, keyfile, pgp, pkcs7, pkcs11,
     provider::{Providers, Question},
 };
-#[cfg(feature = "sign")]
-use crate::copy::WrapLayerKey;
 
 /// As many recipients as readers of a JWE take; more go into another one.
 const JWE_RECIPIENTS: usize = 64;
@@ -160,11 +158,7 @@ impl Recipients {
         Ok(())
     }
 
-    /// Wraps a layer's key for everybody: the annotations of the keys alone.
-    ///
-    /// # Errors
-    /// [`CryptError::NoRecipients`] or [`CryptError::Wrap`]
-    pub fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
+    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
         if self.is_empty() {
             return Err(CryptError::NoRecipients);
         }
@@ -192,13 +186,6 @@ impl Recipients {
             annotations.add(&Scheme::Provider(name.clone()), packet.map(|packet| packet.expose().to_vec()))?;
         }
         Ok(annotations.0)
-    }
-}
-
-#[cfg(feature = "sign")]
-impl WrapLayerKey for Recipients {
-    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
-        self.wrap(secret)
     }
 }
 

@@ -1,14 +1,13 @@
 //! What a copy changes when it is asked to, and what it keeps.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{fs, path::Path};
 
-use nacre_core::{Digest, SecretBytes};
+use nacre_core::{Digest, jose::PrivateKey};
 use nacre_oci::{
     copy::{
-        CopyError, CopyOptions, EncryptLayers, ExistingSignatures, Format, OpenLayerKey, Platforms, Recompress, Sign,
-        SigningKey, WrapLayerKey,
+        CopyError, CopyOptions, EncryptLayers, ExistingSignatures, Format, Platforms, Recompress, Sign, SigningKey,
     },
-    crypt::{CryptError, LayerSecret},
+    crypt::{CryptError, Keyring, Recipients},
     manifest::{Compression, Descriptor, Index, Manifest},
     trust::sign::CosignKey,
 };
@@ -17,23 +16,13 @@ use serde_json::json;
 
 use super::{copy_plain, copy_with, image, manifest, source, tree};
 
-const TEST_KEY: &str = "org.opencontainers.image.enc.keys.provider.test";
-
-/// Wraps keys by not wrapping them.
-struct Plain;
-
-impl WrapLayerKey for Plain {
-    fn wrap(&self, secret: &LayerSecret) -> Result<BTreeMap<String, String>, CryptError> {
-        let json = String::from_utf8(secret.to_json().expose().to_vec()).unwrap();
-        Ok(BTreeMap::from([(TEST_KEY.to_owned(), json)]))
-    }
-}
-
-impl OpenLayerKey for Plain {
-    fn open(&self, layer: &Descriptor) -> Result<LayerSecret, CryptError> {
-        let json = layer.annotations.get(TEST_KEY).cloned().unwrap_or_default();
-        LayerSecret::parse(&SecretBytes::new(json.into_bytes()))
-    }
+/// A key, and who has it.
+fn keys() -> (Keyring, Recipients) {
+    let key = PrivateKey::generate_p256();
+    let (mut ring, mut recipients) = (Keyring::new(), Recipients::new());
+    ring.add_key_file(key.to_pkcs8_pem().unwrap().as_bytes(), None).unwrap();
+    recipients.add_public_key(key.public());
+    (ring, recipients)
 }
 
 struct Place {
@@ -73,10 +62,11 @@ fn types(location: &str) -> Vec<String> {
 
 #[test]
 fn an_encrypted_copy_decrypts_to_the_same_image() {
+    let (ring, recipients) = keys();
     let image = image();
     let place = Place::new(&image);
     let all = EncryptLayers::All;
-    let encrypt = CopyOptions { encrypt: Some((&Plain, &all)), ..CopyOptions::default() };
+    let encrypt = CopyOptions { encrypt: Some((&recipients, &all)), ..CopyOptions::default() };
     let copied = copy_with(&place.oci("made"), &place.oci("secret"), &encrypt).unwrap();
     assert!(copied.changed);
     assert_eq!(types(&place.oci("secret")), ["tar+gzip+encrypted"; 3]);
@@ -86,7 +76,7 @@ fn an_encrypted_copy_decrypts_to_the_same_image() {
     for layer in &image.layers {
         assert!(!stored.keys().any(|path| path.ends_with(layer.digest.hex())), "no plain layer is there");
     }
-    let decrypt = CopyOptions { decrypt: Some(&Plain), ..CopyOptions::default() };
+    let decrypt = CopyOptions { decrypt: Some(&ring), ..CopyOptions::default() };
     copy_with(&place.oci("secret"), &place.oci("plain"), &decrypt).unwrap();
     assert_eq!(layers(&place.oci("plain")), layers(&place.oci("made")));
     // Without the key it goes along as it is, but not into a docker archive.
@@ -98,7 +88,7 @@ fn an_encrypted_copy_decrypts_to_the_same_image() {
     let saved = layers(&place.at("docker-archive", "y.tar"));
     assert_eq!(saved.iter().map(|layer| layer.digest).collect::<Vec<_>>(), diff_ids);
     // From others to others: every layer has a new key.
-    let both = CopyOptions { decrypt: Some(&Plain), encrypt: Some((&Plain, &all)), ..CopyOptions::default() };
+    let both = CopyOptions { decrypt: Some(&ring), encrypt: Some((&recipients, &all)), ..CopyOptions::default() };
     copy_with(&place.oci("secret"), &place.oci("again"), &both).unwrap();
     assert_eq!(types(&place.oci("again")), ["tar+gzip+encrypted"; 3]);
     assert_ne!(layers(&place.oci("again"))[0].digest, layers(&place.oci("secret"))[0].digest);
@@ -106,6 +96,7 @@ fn an_encrypted_copy_decrypts_to_the_same_image() {
 
 #[test]
 fn layers_to_encrypt_are_chosen_by_number() {
+    let (_, recipients) = keys();
     let place = Place::new(&image());
     for (which, expected) in [
         (vec![0], ["tar+gzip+encrypted", "tar+gzip", "tar+gzip"]),
@@ -113,13 +104,13 @@ fn layers_to_encrypt_are_chosen_by_number() {
         (vec![1, -3], ["tar+gzip+encrypted", "tar+gzip+encrypted", "tar+gzip"]),
     ] {
         let which = EncryptLayers::Some(which);
-        let options = CopyOptions { encrypt: Some((&Plain, &which)), ..CopyOptions::default() };
+        let options = CopyOptions { encrypt: Some((&recipients, &which)), ..CopyOptions::default() };
         copy_with(&place.oci("made"), &place.oci("out"), &options).unwrap();
         assert_eq!(types(&place.oci("out")), expected);
     }
     for bad in [3, -4, i64::MIN, i64::MAX] {
         let which = EncryptLayers::Some(vec![bad]);
-        let options = CopyOptions { encrypt: Some((&Plain, &which)), ..CopyOptions::default() };
+        let options = CopyOptions { encrypt: Some((&recipients, &which)), ..CopyOptions::default() };
         let error = copy_with(&place.oci("made"), &place.oci("none"), &options).unwrap_err().to_string();
         assert!(error.contains("has 3 layers"), "{error}");
         assert!(!place.path("none").exists());
@@ -128,9 +119,10 @@ fn layers_to_encrypt_are_chosen_by_number() {
 
 #[test]
 fn a_layer_that_does_not_decrypt_leaves_nothing() {
+    let (ring, recipients) = keys();
     let place = Place::new(&image());
     let all = EncryptLayers::All;
-    let encrypt = CopyOptions { encrypt: Some((&Plain, &all)), ..CopyOptions::default() };
+    let encrypt = CopyOptions { encrypt: Some((&recipients, &all)), ..CopyOptions::default() };
     copy_with(&place.oci("made"), &place.oci("secret"), &encrypt).unwrap();
     // The MAC of another layer, in an image that is consistent otherwise.
     let mut bad = Manifest::parse(&manifest(&place.oci("secret"))).unwrap();
@@ -146,7 +138,7 @@ fn a_layer_that_does_not_decrypt_leaves_nothing() {
     index.manifests[0].digest = Digest::sha256(&bytes);
     index.manifests[0].size = bytes.len() as u64;
     fs::write(place.path("secret/index.json"), serde_json::to_vec(&index).unwrap()).unwrap();
-    let decrypt = CopyOptions { decrypt: Some(&Plain), ..CopyOptions::default() };
+    let decrypt = CopyOptions { decrypt: Some(&ring), ..CopyOptions::default() };
     for to in
         [place.oci("out"), place.at("dir", "out"), place.at("oci-archive", "out"), place.at("docker-archive", "out")]
     {
@@ -158,6 +150,7 @@ fn a_layer_that_does_not_decrypt_leaves_nothing() {
 
 #[test]
 fn layers_are_recompressed_and_formats_converted() {
+    let (_, recipients) = keys();
     let place = Place::new(&image());
     let with = |to: Compression, format| CopyOptions {
         compression: Some(Recompress { to, level: Some(3) }),
@@ -185,7 +178,8 @@ fn layers_are_recompressed_and_formats_converted() {
     let error = copy_with(&place.oci("made"), &place.oci("no"), &with(Compression::Zstd, Some(Format::Docker)));
     assert!(error.unwrap_err().to_string().contains("use the OCI format"));
     let all = EncryptLayers::All;
-    let options = CopyOptions { format: Some(Format::Docker), encrypt: Some((&Plain, &all)), ..CopyOptions::default() };
+    let options =
+        CopyOptions { format: Some(Format::Docker), encrypt: Some((&recipients, &all)), ..CopyOptions::default() };
     let error = copy_with(&place.oci("made"), &place.oci("no"), &options).unwrap_err().to_string();
     assert!(error.contains("no encrypted layers"), "{error}");
 }
@@ -238,6 +232,7 @@ fn write_index(directory: &Path) -> Digest {
 
 #[test]
 fn an_index_is_copied_whole_or_one_platform_of_it() {
+    let (ring, recipients) = keys();
     let scratch = tempfile::tempdir().unwrap();
     let place = Place { scratch };
     let digest = write_index(&place.path("made"));
@@ -259,7 +254,7 @@ fn an_index_is_copied_whole_or_one_platform_of_it() {
     assert!(error.contains("linux/amd64, linux/arm64"), "{error}");
 
     let which = EncryptLayers::All;
-    let secret = CopyOptions { encrypt: Some((&Plain, &which)), ..all() };
+    let secret = CopyOptions { encrypt: Some((&recipients, &which)), ..all() };
     let copied = copy_with(&place.oci("made"), &place.oci("secret"), &secret).unwrap();
     let index = Index::parse(&manifest(&place.oci("secret"))).unwrap();
     assert_eq!(
@@ -268,7 +263,7 @@ fn an_index_is_copied_whole_or_one_platform_of_it() {
     );
     assert_eq!(index.manifests[1].platform.as_ref().unwrap().architecture, "arm64");
     let decrypt = CopyOptions {
-        decrypt: Some(&Plain),
+        decrypt: Some(&ring),
         platforms: Platforms::One("linux/arm64".parse().unwrap()),
         ..CopyOptions::default()
     };

@@ -5,6 +5,7 @@
 mod atomic;
 mod bad_input;
 mod changes;
+mod encryption;
 mod interop;
 mod registry;
 

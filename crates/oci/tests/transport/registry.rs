@@ -2,9 +2,11 @@
 
 use std::{fs, path::Path, process::Command, sync::Arc};
 
-use nacre_core::{KeySource, KeySourceError, NoProgress, ResourceUri, SecretBytes, SystemClock};
+use nacre_core::{KeySource, KeySourceError, NoProgress, ResourceUri, SecretBytes, SystemClock, jose::PrivateKey};
 use nacre_oci::{
-    copy::{Copied, CopyError, CopyOptions, Sign, SigningKey, Source, copy},
+    copy::{Copied, CopyError, CopyOptions, EncryptLayers, Sign, SigningKey, Source, copy},
+    crypt::Recipients,
+    manifest::Manifest,
     registry::{Client, ClientConfig, CredentialStore, RegistriesConf},
     transport::{open_sink, open_source},
     trust::{
@@ -245,6 +247,25 @@ fn skopeo_verifies_our_gpg_signatures_in_a_lookaside_and_in_a_directory() {
     copied(&from, &to, &options()).unwrap();
     assert!(verifier.accepts(&to));
     assert_eq!(tree(&scratch.path().join("lookaside")).len(), 1);
+    // Encrypted and signed by us, skopeo verifies and decrypts it.
+    let reader = PrivateKey::generate_p256();
+    let mut recipients = Recipients::new();
+    recipients.add_public_key(reader.public());
+    let pem = scratch.path().join("key.pem");
+    fs::write(&pem, reader.to_pkcs8_pem().unwrap().as_bytes()).unwrap();
+    let all = EncryptLayers::All;
+    let secret = format!("docker://{}/team/secret:1", registry.host());
+    copied(&from, &secret, &CopyOptions { encrypt: Some((&recipients, &all)), ..options() }).unwrap();
+    assert!(verifier.accepts(&secret));
+    let plain = format!("oci:{}:v1", scratch.path().join("plain").display());
+    run(verifier
+        .skopeo(&["copy", "--remove-signatures", "--src-tls-verify=false", &secret, &plain, "--decryption-key"])
+        .arg(&pem));
+    let digests = |location: &str| {
+        let layers = Manifest::parse(&super::manifest(location)).unwrap().layers;
+        layers.into_iter().map(|layer| layer.digest).collect::<Vec<_>>()
+    };
+    assert_eq!(digests(&plain), digests(&from));
     // Another copy finds it there and keeps it, in a directory and at another name, whose identity it then is not.
     let dir = scratch.path().join("dir");
     let keep = || CopyOptions { lookaside: Some(&lookaside), ..CopyOptions::default() };
