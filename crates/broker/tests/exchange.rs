@@ -6,6 +6,7 @@ use common::{Rig, SECRET, init_data, path, policy};
 use nacre_attest::{
     client::{BrokerClient, BrokerConfig, ClientError, Credential},
     ear::Status,
+    sim::SimAttester,
 };
 use nacre_broker::{Broker, BrokerError, InitOptions, ResourceScope, Settings, Transport, serve};
 use nacre_core::{Clock as _, KeySource as _, KeySourceError, jose::PrivateKey};
@@ -16,8 +17,10 @@ use std::sync::Arc;
 fn a_measured_guest_gets_its_key_and_the_log_says_so() {
     let rig = Rig::new();
     let init = init_data("broker = 'pinned'");
-    let attester = rig.attester(Some(init));
+    // This very program.
+    let attester = SimAttester::new(rig.platform(), Some(init)).unwrap();
     let measurement = attester.measurement().hex();
+    rig.broker.add_reference_value("sim.measurement", vec![measurement.clone().into()], None).unwrap();
     let client = rig.client_of(attester);
     assert_eq!(client.now(), None, "no time before the broker has signed one");
     let secret = client.fetch(&"kbs:///default/key/1".parse().unwrap()).unwrap();

@@ -28,6 +28,7 @@ pub(crate) struct Rig {
     pub(crate) broker: Arc<Broker>,
     pub(crate) handle: Handle,
     platform_pem: String,
+    program: std::path::PathBuf,
     _dir: tempfile::TempDir,
 }
 
@@ -40,7 +41,7 @@ pub(crate) fn init_data(text: &str) -> InitData {
 }
 
 impl Rig {
-    /// A broker that trusts this test's binary on a simulated platform, and holds one secret.
+    /// A broker that trusts one program on a simulated platform, and holds one secret.
     pub(crate) fn new() -> Self {
         Self::with(Settings { allow_simulated: true, ..Settings::default() }, Transport::Tls)
     }
@@ -51,12 +52,15 @@ impl Rig {
         let platform = PrivateKey::generate_p256();
         broker.add_sim_platform_key(&platform.public()).unwrap();
         let platform_pem = platform.to_pkcs8_pem().unwrap().to_string();
-        let measurement = SimAttester::new(platform, None).unwrap().measurement().hex();
+        // A small program in place of this test's binary, which takes a while to hash; one test does measure the binary.
+        let program = dir.path().join("program");
+        std::fs::write(&program, "a guest").unwrap();
+        let measurement = SimAttester::measuring(platform, None, &program).unwrap().measurement().hex();
         broker.add_reference_value("sim.measurement", vec![measurement.into()], None).unwrap();
         broker.put_resource(&path("default/key/1"), SECRET).unwrap();
         let broker = Arc::new(broker);
         let handle = serve(broker.clone(), "127.0.0.1:0".parse().unwrap(), transport).unwrap();
-        Self { broker, handle, platform_pem, _dir: dir }
+        Self { broker, handle, platform_pem, program, _dir: dir }
     }
 
     pub(crate) fn platform(&self) -> PrivateKey {
@@ -74,7 +78,7 @@ impl Rig {
     }
 
     pub(crate) fn attester(&self, init: Option<InitData>) -> SimAttester {
-        SimAttester::new(self.platform(), init).unwrap()
+        SimAttester::measuring(self.platform(), init, &self.program).unwrap()
     }
 
     pub(crate) fn client(&self) -> BrokerClient {
