@@ -6,9 +6,11 @@
 #[cfg(feature = "sign")]
 pub mod copy;
 pub mod crypt;
+pub mod layer;
 pub mod manifest;
 pub mod reference;
 pub mod registry;
 pub mod source;
 pub mod transport;
 pub mod trust;
+pub mod unpack;

@@ -19,6 +19,7 @@ mod rng;
 mod rootfs;
 mod skip;
 mod tar;
+pub mod tree;
 
 pub use disk::SmallDisk;
 pub use image::{BuiltLayer, Compression, Image, ImageBuilder};
