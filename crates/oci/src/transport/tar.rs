@@ -16,6 +16,8 @@ const ENTRY_LIMIT: usize = 100_000;
 const EXTENSION_LIMIT: u64 = 64 << 10;
 /// The longest name of an entry.
 const NAME_LIMIT: usize = 4096;
+/// The most bytes of all names together, so that many long ones do not fill the memory.
+const NAMES_LIMIT: usize = 16 << 20;
 /// How many links may follow one another.
 const LINK_LIMIT: usize = 8;
 
@@ -48,6 +50,8 @@ enum Entry {
 #[derive(Debug, Default)]
 pub struct TarIndex {
     entries: HashMap<String, Entry>,
+    /// How many bytes all names and link targets have.
+    names: usize,
 }
 
 impl TarIndex {
@@ -223,6 +227,10 @@ impl TarIndex {
         };
         if normal.is_empty() {
             return malformed("an entry has no name");
+        }
+        self.names += normal.len() + if let Entry::Link(target) = &entry { target.len() } else { 0 };
+        if self.names > NAMES_LIMIT {
+            return malformed(format!("its names have more than {NAMES_LIMIT} bytes together"));
         }
         if self.entries.insert(normal, entry).is_some() {
             return malformed(format!("'{name:.200}' is there twice: it is ambiguous which one counts"));

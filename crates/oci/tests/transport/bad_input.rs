@@ -74,6 +74,16 @@ fn archives_with_tricks_are_refused() {
 }
 
 #[test]
+fn absurd_numbers_of_entries_and_bytes_of_names_are_refused() {
+    let many = (0..100_001).map(|number| Entry::file(number.to_string(), ""));
+    assert!(docker(many).contains("more than 100000 entries"));
+    let long = (0..5000).map(|number| Entry::file(format!("{number}/{}", "n".repeat(4000)), ""));
+    assert!(docker(long).contains("bytes together"));
+    assert!(docker([Entry::file("n".repeat(5000), "")]).contains("a name of 5000 bytes"));
+    assert!(docker([Entry::file("x", "").pax("comment", "c".repeat(70_000))]).contains("an extended header"));
+}
+
+#[test]
 fn size_fields_out_of_range_are_refused() {
     fn sized(field: &'static [u8; 12]) -> Entry {
         Entry::file("x", "").header(move |header| {

@@ -132,3 +132,61 @@ fn a_docker_archive_keeps_the_layers_and_the_config() {
     let error = copy_plain(&format!("oci:{}:v1", at("made")), &archive).unwrap_err().to_string();
     assert!(error.contains("there already"), "{error}");
 }
+
+/// What `docker save` wrote until version 24, with a link for a layer that is there twice, and what it writes since 25.
+#[test]
+fn the_forms_that_docker_save_has_had_are_read() {
+    let image = image();
+    let scratch = tempfile::tempdir().unwrap();
+    let [first, second, third] = image.layers.as_slice() else { unreachable!() };
+    assert_eq!(first.digest, third.digest);
+    let plain = |number: usize| {
+        let mut tar = Vec::new();
+        let gzip = image.layers[number].bytes.as_slice();
+        std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(gzip), &mut tar).unwrap();
+        tar
+    };
+    let config = format!("{}.json", nacre_core::Digest::sha256(&image.config).hex());
+    let saved = serde_json::json!([{
+        "Config": config, "RepoTags": ["team/app:1"], "Layers": ["1/layer.tar", "2/layer.tar", "3/layer.tar"],
+    }]);
+    for link in [Entry::symlink("3/layer.tar", "../1/layer.tar"), Entry::hard_link("3/layer.tar", "1/layer.tar")] {
+        let archive = Layer::of([
+            Entry::dir("1/"),
+            Entry::file("1/VERSION", "1.0"),
+            Entry::file("1/layer.tar", plain(0)),
+            Entry::file("2/layer.tar", plain(1)),
+            link,
+            Entry::file(&config, image.config.clone()),
+            Entry::file("manifest.json", saved.to_string()),
+            Entry::file("repositories", "{}"),
+        ]);
+        check_saved(scratch.path(), &archive, &[first.diff_id, second.diff_id, third.diff_id]);
+    }
+    let blob = |digest: &nacre_core::Digest| format!("blobs/sha256/{}", digest.hex());
+    let config = blob(&nacre_core::Digest::sha256(&image.config));
+    let saved = serde_json::json!([{
+        "Config": config, "RepoTags": ["team/app:1"],
+        "Layers": [blob(&first.digest), blob(&second.digest), blob(&third.digest)],
+        "LayerSources": { first.diff_id.to_string(): { "size": 1 } },
+    }]);
+    let archive = Layer::of([
+        Entry::dir("blobs/"),
+        Entry::file(blob(&first.digest), first.bytes.clone()),
+        Entry::file(blob(&second.digest), second.bytes.clone()),
+        Entry::file(&config, image.config.clone()),
+        Entry::file("index.json", "{}"),
+        Entry::file("manifest.json", saved.to_string()),
+        Entry::file("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#),
+    ]);
+    check_saved(scratch.path(), &archive, &[first.digest, second.digest, third.digest]);
+}
+
+fn check_saved(scratch: &Path, archive: &Layer, expected: &[nacre_core::Digest]) {
+    let file = scratch.join("saved.tar");
+    fs::write(&file, archive.tar()).unwrap();
+    let from = format!("docker-archive:{}:team/app:1", file.display());
+    copy_plain(&from, &format!("dir:{}", scratch.join("out").display())).unwrap();
+    let layers = nacre_oci::manifest::Manifest::parse(&manifest(&from)).unwrap().layers;
+    assert_eq!(layers.iter().map(|layer| layer.digest).collect::<Vec<_>>(), expected);
+}
