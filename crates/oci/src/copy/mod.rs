@@ -25,7 +25,7 @@ use crate::{
     crypt::{CryptError, Keyring, Recipients},
     manifest::{Compression, Descriptor, Index, ManifestError, Platform, RawManifest, verify_manifest},
     source::{ImageSink, ImageSource, TransportError},
-    trust::{LookasideConfig, sign::SignError},
+    trust::{Admitted, LookasideConfig, sign::SignError},
 };
 
 pub use plan::EncryptLayers;
@@ -34,15 +34,26 @@ pub use sign::{Sign, SigningKey};
 /// How deep indexes may be in one another.
 const DEPTH_LIMIT: usize = 3;
 
-/// What is copied, and who says that it may be.
+/// What is copied: a transport, and the one manifest or index of it that may be. Nothing else is copied, whatever the source says by
+/// then.
 pub struct Source<'a> {
     /// Where blobs and further manifests come from.
     pub transport: &'a dyn ImageSource,
-    /// The manifest or index that the policy was evaluated on. Nothing else is copied, whatever the source says by now.
+    /// What may be copied. Prefer [`Source::admitted`], which fetches just what the policy let in.
     pub manifest: Verified<RawManifest>,
 }
 
 impl<'a> Source<'a> {
+    /// The manifest that the policy let in; or the index, where that was judged alone.
+    ///
+    /// # Errors
+    /// [`CopyError::Transport`], [`CopyError::Manifest`]
+    pub fn admitted(transport: &'a dyn ImageSource, admitted: &Admitted) -> Result<Self, CopyError> {
+        let raw = transport.manifest(Some(admitted.manifest()))?;
+        let manifest = verify_manifest(raw, admitted.manifest()).map_err(CopyError::manifest(transport))?;
+        Ok(Self { transport, manifest })
+    }
+
     /// The image that the location names now, without any policy: for people who copy what is theirs. Where the location has a
     /// digest, the manifest has it.
     ///
@@ -52,8 +63,8 @@ impl<'a> Source<'a> {
         let raw = transport.manifest(None)?;
         let pinned = transport.location().image_ref().and_then(|reference| reference.digest().copied());
         let digest = pinned.unwrap_or(*raw.peek().digest());
-        let place = transport.location().to_string();
-        let manifest = verify_manifest(raw, &digest).map_err(|source| CopyError::Manifest { place, source })?;
+        let manifest = verify_manifest(raw, &digest).map_err(CopyError::manifest(transport))?;
+        tracing::info!("{} ({digest}) is copied without a policy", transport.location());
         Ok(Self { transport, manifest })
     }
 }

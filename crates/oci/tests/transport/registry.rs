@@ -10,7 +10,7 @@ use nacre_oci::{
     registry::{Client, ClientConfig, CredentialStore, RegistriesConf},
     transport::{open_sink, open_source},
     trust::{
-        LookasideConfig, Policy, TrustContext,
+        Admitted, LookasideConfig, Policy, TrustContext,
         sign::{CosignKey, GpgKey},
     },
 };
@@ -142,8 +142,8 @@ impl KeySource for NoKeys {
     }
 }
 
-/// Whether our own verifier lets an image in that has to have a cosign signature by a key.
-fn trusted(name: &str, public: &Path) -> bool {
+/// The admission of an image that has to have a cosign signature by a key.
+fn admitted(name: &str, public: &Path) -> Option<Admitted> {
     let policy = json!({ "default": [{
         "type": "sigstoreSigned", "keyPath": public, "signedIdentity": { "type": "matchRepository" },
     }] });
@@ -158,7 +158,11 @@ fn trusted(name: &str, public: &Path) -> bool {
         keys: &NoKeys,
         clock: &SystemClock,
     };
-    context.evaluate().is_ok()
+    context.evaluate().ok()
+}
+
+fn trusted(name: &str, public: &Path) -> bool {
+    admitted(name, public).is_some()
 }
 
 #[test]
@@ -182,6 +186,18 @@ fn cosign_signatures_verify_with_openssl_and_survive_copies() {
     assert!(trusted(&name("signed"), &public));
     copied(&from, &name("other"), &sign(vec![SigningKey::Cosign(&key)])).unwrap();
     assert!(trusted(&name("other"), &public), "the second signature is found behind the first");
+
+    // What was admitted is what is copied, even if the tag leads elsewhere by then.
+    let admission = admitted(&name("signed"), &public).unwrap();
+    let away = nacre_testkit::Image::hello();
+    away.write_layout(&at("away"), "v1");
+    copied(&format!("oci:{}:v1", at("away").display()), &name("signed"), &CopyOptions::default()).unwrap();
+    let source = open_source(&location(&name("signed")), &client()).unwrap();
+    let sink = open_sink(&location(&format!("dir:{}", at("admitted").display())), &client()).unwrap();
+    let done =
+        copy(&Source::admitted(source.as_ref(), &admission).unwrap(), sink.as_ref(), &CopyOptions::default()).unwrap();
+    assert_eq!(done.digest, image.digest);
+    copied(&from, &name("signed"), &CopyOptions::default()).unwrap();
 
     // skopeo reads the artifact as any image; openssl verifies what is in it.
     let artifact = format!("docker://{}/team/signed:sha256-{}.sig", registry.host(), image.digest.hex());
