@@ -305,3 +305,85 @@ fn pgp_with_elliptic_curves_of_gnupg() {
         decrypt(&layer, b"", &ring, None);
     }
 }
+
+/// An empty layer, encrypted.
+fn empty_layer(recipients: &Recipients) -> Descriptor {
+    let plain = Descriptor::of("application/vnd.oci.image.layer.v1.tar", b"");
+    let mut reader = encrypt_layer(&plain, &b""[..], recipients).unwrap();
+    reader.read_to_end(&mut Vec::new()).unwrap();
+    reader.finish(Digest::sha256(b""), 0).unwrap()
+}
+
+#[test]
+fn packets_that_are_cut_or_changed_never_open_as_something_else() {
+    let Some(keys) = Keys::get() else { return };
+    for (scheme, recipient, key) in [("jwe", "ec.pub", "ec.pem"), ("pkcs7", "rsa.crt", "rsa.pem")] {
+        let layer = empty_layer(&recipients(&[&format!("{scheme}:{}", keys.path(recipient))]));
+        let ring = ring(&[&keys.path(key)]);
+        let digest = *ring.unwrap(&layer).unwrap().digest();
+        let name = format!("org.opencontainers.image.enc.keys.{scheme}");
+        let packet = STANDARD.decode(&layer.annotations[&name]).unwrap();
+        let open = |packet: &[u8]| {
+            let mut layer = layer.clone();
+            layer.annotations.insert(name.clone(), STANDARD.encode(packet));
+            ring.unwrap(&layer)
+        };
+        for length in 0..packet.len() {
+            assert!(open(&packet[..length]).is_err(), "{scheme} cut to {length}");
+        }
+        for at in 0..packet.len() {
+            let mut changed = packet.clone();
+            changed[at] ^= 1 << (at % 8);
+            // Some bytes say nothing that matters.
+            assert!(open(&changed).is_ok_and(|secret| *secret.digest() == digest) || open(&changed).is_err());
+        }
+    }
+}
+
+#[test]
+fn a_thousand_recipients() {
+    let Some(keys) = Keys::get() else { return };
+    let mut many = recipients(&[]);
+    let other = nacre_core::jose::PrivateKey::generate_p256().public();
+    (0..999).for_each(|_| many.add_public_key(other.clone()));
+    many.add_arg(format!("jwe:{}", keys.path("ec.pub")).parse().unwrap()).unwrap();
+    ring(&[&keys.path("ec.pem")]).unwrap(&empty_layer(&many)).unwrap();
+}
+
+/// The module takes its configuration from the environment, so the test runs itself once more in another one.
+#[test]
+fn pkcs11_with_a_key_in_softhsm() {
+    const INNER: &str = "NACRE_TEST_SOFTHSM_KEY_FILE";
+    let Some(keys) = Keys::get() else { return };
+    if let Some(file) = std::env::var_os(INNER) {
+        let file = PathBuf::from(file).display().to_string();
+        for recipient in [keys.path("rsa.pub"), file.clone()] {
+            // The public half of this key is not that of the token, so only the token's own may open.
+            let layer = empty_layer(&recipients(&[&format!("pkcs11:{recipient}")]));
+            assert_eq!(ring(&[&file]).unwrap(&layer).is_ok(), recipient == file);
+        }
+        return;
+    }
+    let (Some(softhsm), module) = (require("softhsm2-util"), Path::new("/usr/lib/softhsm/libsofthsm2.so")) else {
+        return;
+    };
+    if !module.exists() {
+        return nacre_testkit::skip("libsofthsm2.so is not where Debian has it");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::create_dir(at("tokens")).unwrap();
+    fs::write(at("conf"), format!("directories.tokendir = {}\n", at("tokens").display())).unwrap();
+    let util = |arguments: &str| {
+        run(Command::new(&softhsm).env("SOFTHSM2_CONF", at("conf")).args(arguments.split(' ')));
+    };
+    util("--init-token --free --label nacre --pin 1234 --so-pin 1234");
+    util(&format!("--import {} --token nacre --label key --id a1 --pin 1234", keys.path("rsa.pem")));
+    let uri = format!("pkcs11:token=nacre;object=key;id=%a1?module-path={}&pin-value=1234", module.display());
+    let yaml = format!("pkcs11:\n  uri: {uri}\nmodule:\n  env:\n    SOFTHSM2_CONF: {}\n", at("conf").display());
+    fs::write(at("key.yaml"), yaml).unwrap();
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "pkcs11_with_a_key_in_softhsm"]).env("SOFTHSM2_CONF", at("conf"));
+    again.env(INNER, at("key.yaml")).env("OCICRYPT_OAEP_HASHALG", "sha1");
+    run(&mut again);
+}

@@ -96,7 +96,7 @@ fn a_program_wraps_and_unwraps() {
     // A layer for another provider is not given to this one.
     let mut other = layer.clone();
     let packet = other.annotations.remove(NAME).unwrap();
-    other.annotations.insert(NAME.replace(".p", ".q"), packet);
+    other.annotations.insert(NAME.replace("provider.p", "provider.q"), packet);
     let ring = Keyring::new().with_providers(shell("exit 1"));
     let error = ring.unwrap(&other).unwrap_err().to_string();
     assert!(error.contains("provider.q: no key provider 'q' is configured"), "{error}");
@@ -158,7 +158,7 @@ fn a_ttrpc_service_of_another_library() {
             // Field 1, its length as a varint of two bytes or three, its bytes.
             let question = request.payload.split_at(1 + varint_len(&request.payload[1..])).1;
             response.payload = field_1(&answer(question));
-            ttrpc::response_to_channel(context.mh.stream_id, response, context.res_tx)
+            context.respond(context.mh.stream_id, response)
         }
     }
     let directory = tempfile::tempdir().unwrap();
@@ -282,7 +282,7 @@ async fn serve<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(what: Gr
                 _ => {
                     let mut stream = respond.send_response(head(200).body(()).unwrap(), false).unwrap();
                     let message = match what {
-                        Grpc::Endless => vec![0; 8 << 20],
+                        Grpc::Endless => vec![0; (4 << 20) + 4096],
                         _ => field_1(&answer(&question[6 + varint_len(&question[6..])..])),
                     };
                     let length = u32::try_from(message.len() + usize::from(what == Grpc::Cut)).unwrap().to_be_bytes();
