@@ -1,6 +1,6 @@
 //! Key providers: a program, a gRPC service, a ttrpc service; good ones, and such as hang, lie or talk without end.
 
-#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "what fails here fails the test")]
 
 use std::{
     collections::{BTreeMap, HashMap},
