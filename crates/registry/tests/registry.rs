@@ -10,6 +10,7 @@ use std::{
 
 use nacre_core::Digest;
 use nacre_registry::{Auth, Credentials, Fault, Registry, Request};
+use nacre_testkit::{Image, require, run};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -299,43 +300,13 @@ fn it_ends_at_once_while_clients_hang() {
 
 #[test]
 fn skopeo_copies_to_it_and_from_it() {
-    let skopeo = Command::new("skopeo").arg("--version").output();
-    if !skopeo.is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED: skopeo_copies_to_it_and_from_it: skopeo is not installed");
-        return;
-    }
+    let Some(skopeo) = require("skopeo") else { return };
     let dir = tempfile::tempdir().unwrap();
-    let layer = vec![0u8; 1024]; // an empty tar
-    let put = |bytes: &[u8]| {
-        let digest = Digest::sha256(bytes);
-        let path = dir.path().join("oci/blobs/sha256").join(digest.hex());
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-        format!(r#""digest":"{digest}","size":{}"#, bytes.len())
-    };
-    let diff_id = Digest::sha256(&layer);
-    let config = put(format!(
-        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{diff_id}"]}}}}"#
-    )
-    .as_bytes());
-    let layer = put(&layer);
-    let manifest = put(format!(
-        r#"{{"schemaVersion":2,"mediaType":"{MANIFEST}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json",{config}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar",{layer}}}]}}"#
-    ).as_bytes());
-    let index = format!(
-        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"{MANIFEST}",{manifest},"annotations":{{"org.opencontainers.image.ref.name":"t"}}}}]}}"#
-    );
-    std::fs::write(dir.path().join("oci/index.json"), index).unwrap();
-    std::fs::write(dir.path().join("oci/oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    Image::hello().write_layout(&dir.path().join("oci"), "t");
 
     let source = format!("oci:{}:t", dir.path().join("oci").display());
     let copy = |arguments: &[&str]| {
-        let output = Command::new("skopeo")
-            .args(["copy", "--quiet", "--insecure-policy", "--preserve-digests"])
-            .args(arguments)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        run(Command::new(&skopeo).args(["copy", "--quiet", "--insecure-policy", "--preserve-digests"]).args(arguments));
     };
     let credentials = || Credentials::new("alice", "s3cret");
     let bearer = Auth::Bearer { credentials: credentials(), anonymous_pull: false, lifetime: Duration::from_secs(60) };
