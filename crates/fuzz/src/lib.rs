@@ -8,6 +8,7 @@
 //! sees to it that none of them is forgotten.
 
 mod attestation;
+mod encryption;
 mod images;
 mod names;
 mod registries;
@@ -39,6 +40,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bundle", run: signatures::bundle, seeds: signatures::bundles },
     Target { name: "openpgp", run: signatures::openpgp, seeds: signatures::openpgps },
     Target { name: "jose", run: signatures::jose, seeds: signatures::joses },
+    Target { name: "encryption", run: encryption::encryption, seeds: encryption::encryptions },
+    Target { name: "packet", run: encryption::packet, seeds: encryption::packets },
     Target { name: "registries_conf", run: registries::conf, seeds: registries::confs },
     Target { name: "auth_file", run: registries::auth_file, seeds: registries::auth_files },
     Target { name: "headers", run: registries::headers, seeds: registries::header_values },

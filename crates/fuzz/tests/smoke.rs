@@ -30,7 +30,9 @@ smoke!(
     broker,
     init_data,
     token,
-    headers
+    headers,
+    encryption,
+    packet
 );
 
 #[test]

@@ -1,6 +1,8 @@
 //! The wrapped keys in a descriptor's annotations.
 //!
-//!     org.opencontainers.image.enc.keys.{jwe|pkcs7|pgp|pkcs11|provider.<name>} = <b64 packet>[,<b64 packet>]…
+//! ```text
+//! org.opencontainers.image.enc.keys.{jwe|pkcs7|pgp|pkcs11|provider.<name>} = <b64 packet>[,<b64 packet>]…
+//! ```
 
 use std::fmt;
 

@@ -1,7 +1,9 @@
 //! Keys wrapped with a key that a broker holds: the packet of Confidential Containers' attestation agent, opened and made in process.
 //!
-//!     v1  {"kid":"kbs:///repo/type/tag","wrapped_data":b64,"iv":b64,"wrap_type":"A256GCM"|"A256CTR"}
-//!     v2  the same and "version":"0.1.0", "provider":"kbs", "provider_settings":{}, "annotations":{}
+//! ```text
+//! v1  {"kid":"kbs:///repo/type/tag","wrapped_data":b64,"iv":b64,"wrap_type":"A256GCM"|"A256CTR"}
+//! v2  the same and "version":"0.1.0", "provider":"kbs", "provider_settings":{}, "annotations":{}
+//! ```
 //!
 //! A256GCM: `wrapped_data` is ciphertext ‖ 16-byte tag, the iv has 12 bytes, no associated data, a 32-byte key. A256CTR is read for old
 //! images and never written: it authenticates nothing by itself; the layer's own MAC and digest then carry all of it.

@@ -1,8 +1,10 @@
 //! Keys wrapped as CMS EnvelopedData (RFC 5652) the way ocicrypt's Go library writes it.
 //!
-//!     ContentInfo    { 1.2.840.113549.1.7.3, [0] EnvelopedData }
-//!     EnvelopedData  { 0, SET OF { 0, { issuer, serial }, { rsaEncryption }, key },
-//!                      { data, { aes128-GCM, primitive SEQUENCE { { [4] nonce, 16 } } }, [0] { OCTET STRING ciphertext ‖ tag } } }
+//! ```text
+//! ContentInfo    { 1.2.840.113549.1.7.3, [0] EnvelopedData }
+//! EnvelopedData  { 0, SET OF { 0, { issuer, serial }, { rsaEncryption }, key },
+//!                  { data, { aes128-GCM, primitive SEQUENCE { { [4] nonce, 16 } } }, [0] { OCTET STRING ciphertext ‖ tag } } }
+//! ```
 //!
 //! Three quirks of it: the cipher's parameters lie in a sequence too many, which is marked primitive; the nonce has the context tag 4
 //! where RFC 5084 has an OCTET STRING; the content is constructed. Both forms of each are read; its own are written, since it reads

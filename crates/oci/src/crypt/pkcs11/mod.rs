@@ -1,14 +1,18 @@
 //! Keys wrapped by RSA-OAEP for keys in PKCS#11 tokens.
 //!
-//!     {"version":0,"recipients":[{"version":0,"blob":"<b64 RSA-OAEP of PRIV>","hash":"sha1|sha256"}]}
+//! ```text
+//! {"version":0,"recipients":[{"version":0,"blob":"<b64 RSA-OAEP of PRIV>","hash":"sha1|sha256"}]}
+//! ```
 //!
 //! An absent hash is sha1; the mask is of the same hash. A key in a token is named by a YAML file with a URI (RFC 7512):
 //!
-//!     pkcs11:
-//!       uri: pkcs11:token=T;object=O?module-path=/usr/lib/x.so&pin-value=1234
-//!     module:
-//!       env:
-//!         SOFTHSM2_CONF: /etc/softhsm2.conf
+//! ```text
+//! pkcs11:
+//!   uri: pkcs11:token=T;object=O?module-path=/usr/lib/x.so&pin-value=1234
+//! module:
+//!   env:
+//!     SOFTHSM2_CONF: /etc/softhsm2.conf
+//! ```
 //!
 //! `env` is checked, not set: changing the environment of a program with threads is not sound.
 

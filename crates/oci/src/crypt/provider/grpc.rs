@@ -1,7 +1,9 @@
 //! A gRPC client for one unary call: HTTP/2 with prior knowledge, or over TLS.
 //!
-//!     POST /keyprovider.KeyProviderService/<method>, content-type application/grpc
-//!     body      compressed u8 (0), length u32 BE, message          the same back, then the trailer grpc-status
+//! ```text
+//! POST /keyprovider.KeyProviderService/<method>, content-type application/grpc
+//! body      compressed u8 (0), length u32 BE, message          the same back, then the trailer grpc-status
+//! ```
 //!
 //! The only async code of this crate. It runs to its end, or to its deadline, on a runtime and a thread of its own.
 

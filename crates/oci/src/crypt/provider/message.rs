@@ -1,9 +1,11 @@
 //! The JSON documents that key providers are asked with and answer with.
 //!
-//!     Wrap   {"op":"keywrap","keywrapparams":{"ec":EC,"optsdata":"<b64 PRIV>"},"keyunwrapparams":{"dc":null,"annotation":null}}
-//!            → {"keywrapresults":{"annotation":BYTES}}
-//!     Unwrap {"op":"keyunwrap","keywrapparams":{"ec":null,"optsdata":null},"keyunwrapparams":{"dc":DC,"annotation":"<b64 packet>"}}
-//!            → {"keyunwrapresults":{"optsdata":BYTES}}
+//! ```text
+//! Wrap   {"op":"keywrap","keywrapparams":{"ec":EC,"optsdata":"<b64 PRIV>"},"keyunwrapparams":{"dc":null,"annotation":null}}
+//!        → {"keywrapresults":{"annotation":BYTES}}
+//! Unwrap {"op":"keyunwrap","keywrapparams":{"ec":null,"optsdata":null},"keyunwrapparams":{"dc":DC,"annotation":"<b64 packet>"}}
+//!        → {"keyunwrapresults":{"optsdata":BYTES}}
+//! ```
 //!
 //! EC and DC are `{"Parameters":{NAME:[b64…]}}`, and EC also has a DecryptConfig of that form.
 

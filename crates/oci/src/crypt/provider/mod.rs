@@ -1,7 +1,9 @@
 //! Key providers: programs and services that wrap and unwrap layer keys, as `OCICRYPT_KEYPROVIDER_CONFIG` names them.
 //!
-//!     {"key-providers":{"NAME":{"cmd":{"path":"…","args":[]} | "grpc":"host:port" | "ttrpc":"unix:///…",
-//!       "grpc-tls":{"root-ca-file","cert-file","key-file","server-name","insecure-skip-verify"}}}}
+//! ```text
+//! {"key-providers":{"NAME":{"cmd":{"path":"…","args":[]} | "grpc":"host:port" | "ttrpc":"unix:///…",
+//!   "grpc-tls":{"root-ca-file","cert-file","key-file","server-name","insecure-skip-verify"}}}}
+//! ```
 //!
 //! A provider is asked with one JSON document and answers with one: on stdin and stdout, or in field 1 of the request and the response of
 //! `keyprovider.KeyProviderService/{WrapKey,UnWrapKey}`. Byte strings within are base64 from Go peers and arrays of numbers from Rust

@@ -1,8 +1,10 @@
 //! A ttrpc client for one unary call over a unix socket.
 //!
-//!     frame     length u32 BE, stream u32 BE (odd from a client), type u8 (1 request, 2 response), flags u8, data
-//!     Request   1 service, 2 method, 3 payload, 4 timeout in ns
-//!     Response  1 Status { 1 code, 2 message }, 2 payload
+//! ```text
+//! frame     length u32 BE, stream u32 BE (odd from a client), type u8 (1 request, 2 response), flags u8, data
+//! Request   1 service, 2 method, 3 payload, 4 timeout in ns
+//! Response  1 Status { 1 code, 2 message }, 2 payload
+//! ```
 //!
 //! Written here since the call must end by its deadline whatever the peer does, and needs nothing else of a ttrpc library.
 
