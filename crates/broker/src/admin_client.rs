@@ -115,6 +115,14 @@ impl AdminClient {
         self.post("set reference value", "/kbs/v0/reference-value", &body)
     }
 
+    /// The values of a reference value; `None` where there is none of that name.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn reference_value(&self, id: &str) -> Result<Option<Vec<Value>>, ClientError> {
+        self.get("get reference value", &format!("/kbs/v0/reference-value/{id}"))
+    }
+
     /// Trusts a simulated platform.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! - [`privilege`], [`userns`]: what this process may do, and a user namespace for the one that may not.
 //! - [`spec`]: the part of the OCI runtime specification that Nacre writes and its own runner reads.
 //! - [`container`]: that runner, for machines without runc, crun and youki.
+//! - [`end`]: the signals that end a daemon.
 //! - [`signals`]: signals passed on to a child.
 //! - [`stage`]: how the program starts itself again as a helper. **Every binary calls [`stage::enter`] first in `main`.**
 //!
@@ -14,6 +15,7 @@
 
 pub mod beneath;
 pub mod container;
+pub mod end;
 pub mod fs;
 pub mod overlay;
 pub mod privilege;

@@ -1,0 +1,522 @@
+//! The command line: noun, then verb. This module only says what there is; `commands` does it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Trusted storage for confidential containers.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nacre",
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 ok, 2 usage, 3 not trusted (policy, signature, integrity, attestation), 4 not found,\n\
+                  5 I/O or network, 6 conflict (in use), 1 anything else."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// The image store [default: /var/lib/nacre for root, ~/.local/share/nacre for others]
+    #[arg(long, global = true, env = "NACRE_ROOT", value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// The configuration file; flags and environment variables go before it [default: /etc/nacre/nacre.toml, where it is]
+    #[arg(long, global = true, env = "NACRE_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Allow a store in memory (tmpfs)
+    #[arg(long, global = true)]
+    pub(crate) allow_tmpfs: bool,
+    /// No progress, errors only
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// What to log to standard error, as in `info` or `nacre_oci=debug` [default: warn]
+    #[arg(long, global = true, env = "NACRE_LOG", value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show everything at work: registry, broker, an encrypted and signed image in an attested guest, and attacks being refused
+    Demo(DemoArgs),
+    /// Pull an image and run it
+    Run(Box<RunArgs>),
+    /// Images: pull, copy, list, inspect, verify, remove
+    #[command(subcommand)]
+    Image(Box<ImageCommand>),
+    /// The key broker
+    #[command(subcommand)]
+    Broker(Box<BrokerCommand>),
+    /// Attestation of this machine
+    #[command(subcommand)]
+    Attest(Box<AttestCommand>),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a directory
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
+    /// The guest of the demo, as a process of its own so that it can be measured
+    #[command(hide = true)]
+    DemoGuest(DemoGuestArgs),
+    /// The workload of the demo's image
+    #[command(hide = true)]
+    DemoWorkload,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Leave everything that the demo made, and say where
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Where the demo works [default: a new directory in the system's temporary directory]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoGuestArgs {
+    /// The guest's init data, with its configuration
+    #[arg(long)]
+    pub(crate) guest_init_data: PathBuf,
+    /// The platform key of the simulated TEE
+    #[arg(long)]
+    pub(crate) platform_key: PathBuf,
+    /// Where to write what happened
+    #[arg(long)]
+    pub(crate) report: PathBuf,
+    /// The image
+    pub(crate) image: String,
+}
+
+/// Where images come from, and how registries are talked to.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Registries")]
+pub(crate) struct RegistryArgs {
+    /// Talk to registries over plain HTTP or unverified TLS where they are not to be had otherwise
+    #[arg(long)]
+    pub(crate) insecure_registry: bool,
+    /// Credentials [default: $REGISTRY_AUTH_FILE, then where podman and docker keep theirs]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) authfile: Option<PathBuf>,
+    /// registries.conf [default: the user's, then /etc/containers/registries.conf]
+    #[arg(long, env = "CONTAINERS_REGISTRIES_CONF", value_name = "FILE")]
+    pub(crate) registries_conf: Option<PathBuf>,
+    /// Further CA certificates, PEM; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca: Vec<PathBuf>,
+    /// Directories of certificates by registry, as certs.d of docker and podman
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cert_dir: Option<PathBuf>,
+    /// The platform to choose from an index, as os/architecture[/variant] [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    pub(crate) platform: Option<String>,
+}
+
+/// What an image must bring to be trusted.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Trust")]
+pub(crate) struct TrustArgs {
+    /// The trust policy, a file or kbs:// resource [default: the user's containers/policy.json, then /etc/containers/policy.json]
+    #[arg(long, env = "NACRE_POLICY", value_name = "POLICY")]
+    pub(crate) policy: Option<String>,
+    /// Use no trust policy at all
+    #[arg(long, conflicts_with = "policy")]
+    pub(crate) insecure_policy: bool,
+    /// Also allow images that are neither signed nor encrypted
+    #[arg(long)]
+    pub(crate) allow_unsigned: bool,
+    /// Directory of signature storage configurations [default: the user's, then /etc/containers/registries.d]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) registries_d: Option<PathBuf>,
+}
+
+/// Where keys come from.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Keys")]
+pub(crate) struct KeyArgs {
+    /// A key to decrypt layers with, as skopeo spells it: FILE[:pass=…|:file=…|:fd=…], provider:NAME[:…], pkcs11:…; may be repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) decryption_key: Vec<String>,
+    /// The key broker, to which this guest attests for kbs:// resources
+    #[arg(long, env = "NACRE_BROKER", value_name = "URL")]
+    pub(crate) broker: Option<String>,
+    /// The broker's TLS certificate, pinned
+    #[arg(long, value_name = "FILE", requires = "broker")]
+    pub(crate) broker_cert: Option<PathBuf>,
+    /// The public key that signs the broker's tokens
+    #[arg(long, value_name = "FILE", requires = "broker")]
+    pub(crate) broker_token_key: Option<PathBuf>,
+    /// The platform key of the simulated TEE, for guests without a real one
+    #[arg(long, value_name = "FILE", requires = "broker")]
+    pub(crate) sim_platform_key: Option<PathBuf>,
+    /// The guest's init data, which the evidence binds
+    #[arg(long, value_name = "FILE", requires = "broker")]
+    pub(crate) init_data: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// The image: docker://…, oci:DIR[:TAG], oci-archive:…, docker-archive:…, dir:…, or a name for registries.conf
+    #[arg(value_name = "REF")]
+    pub(crate) image: String,
+    /// Make a bundle there: rootfs, mounted, and config.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The image, as for `image pull`
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// What to run instead of the image's command
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+    /// Set an environment variable, NAME=value; may be repeated
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Run as user[:group], names of the image or numbers
+    #[arg(long, short, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// The working directory
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// Make the root filesystem read-only
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The OCI runtime [default: the first of runc, crun and youki on PATH, or else a built-in one]
+    #[arg(long, value_name = "RUNTIME")]
+    pub(crate) runtime: Option<String>,
+    /// Use the stored image as it is, without asking its registry; the policy is checked all the same
+    #[arg(long)]
+    pub(crate) offline: bool,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Pull an image into the store: resolve, check the policy, verify, decrypt, unpack
+    Pull(PullArgs),
+    /// Copy an image between transports; encrypt, decrypt, sign on the way
+    Copy(CopyArgs),
+    /// List the images of the store
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show an image of the store, or of a transport, without pulling it
+    Inspect(InspectArgs),
+    /// Check an image against the policy, without unpacking it; say who vouches for it
+    Verify(InspectArgs),
+    /// Remove an image from the store
+    Rm {
+        /// Names, or digests of at least six digits
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Remove layers that no image has, and what killed processes left
+    Gc {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Unmount a bundle that `pull --bundle` made, and forget its changes
+    Umount {
+        /// The bundle
+        bundle: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// The image: a name or digest of the store, or a location
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Ask the image's transport, even if it is in the store
+    #[arg(long)]
+    pub(crate) remote: bool,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CopyArgs {
+    /// Where the image is
+    #[arg(value_name = "SRC")]
+    pub(crate) source: String,
+    /// Where it shall go
+    #[arg(value_name = "DST")]
+    pub(crate) destination: String,
+    /// Encrypt layers for a recipient, as skopeo spells it: jwe:PUBLIC.pem, pkcs7:CERT.pem, pgp:NAME, pkcs11:…, provider:NAME[:…]; may be
+    /// repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) encrypt: Vec<String>,
+    /// Encrypt only these layers; 0 is the bottom one, -1 the top one [default: all]
+    #[arg(long, value_name = "INDEX", allow_negative_numbers = true, requires = "encrypt")]
+    pub(crate) encrypt_layer: Vec<i32>,
+    /// A key to decrypt layers with; may be repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) decryption_key: Vec<String>,
+    /// Sign with a key: a cosign private key file, or gpg:SECRET-KEY-FILE; may be repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sign: Vec<String>,
+    /// A file with the passphrase of the signing key; its first line counts
+    #[arg(long, value_name = "FILE", requires = "sign")]
+    pub(crate) sign_passphrase_file: Option<PathBuf>,
+    /// The name that the signature is about [default: the destination's]
+    #[arg(long, value_name = "REF", requires = "sign")]
+    pub(crate) sign_identity: Option<String>,
+    /// Copy every platform of an index
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Do not copy signatures that the source has
+    #[arg(long)]
+    pub(crate) remove_signatures: bool,
+    /// Compress plain layers anew: gzip, zstd or none
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) compression: Option<String>,
+    /// Sign with sigstore bundles among the referrers, as cosign 3 does, instead of signature tags
+    #[arg(long, requires = "sign")]
+    pub(crate) sign_bundle: bool,
+    /// Copy only what this trust policy lets in [default: no policy; a copy is not made trusted by being made]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
+    /// Directory of signature storage configurations [default: the user's, then /etc/containers/registries.d]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) registries_d: Option<PathBuf>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// Which broker is administered: one that runs, by its address, or the files of one that does not.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Broker")]
+pub(crate) struct BrokerAt {
+    /// The broker's directory
+    #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
+    pub(crate) dir: PathBuf,
+    /// The running broker's address; without it, the broker in --dir must not be running
+    #[arg(long, value_name = "URL")]
+    pub(crate) url: Option<String>,
+    /// The running broker's TLS certificate, pinned [default: tls.crt of --dir]
+    #[arg(long, value_name = "FILE", requires = "url")]
+    pub(crate) cert: Option<PathBuf>,
+    /// The public key that signs the broker's tokens [default: token.pub of --dir]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_key: Option<PathBuf>,
+    /// The administrator's private key [default: admin.key of --dir]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) admin_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BrokerCommand {
+    /// Make a new broker: its keys, its TLS certificate, its store
+    Init {
+        /// The broker's directory
+        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
+        dir: PathBuf,
+        /// Release to simulated TEEs too
+        #[arg(long)]
+        allow_simulated: bool,
+        /// A host name or address for the TLS certificate, besides localhost; may be repeated
+        #[arg(long, value_name = "NAME")]
+        name: Vec<String>,
+    },
+    /// Serve guests
+    Serve {
+        /// The broker's directory
+        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
+        dir: PathBuf,
+        /// The address to listen at
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+        listen: std::net::SocketAddr,
+        /// Serve plain HTTP: for loopback, or behind a proxy that does TLS
+        #[arg(long)]
+        insecure_http: bool,
+    },
+    /// Secrets by repository/type/tag
+    #[command(subcommand)]
+    Resource(ResourceCommand),
+    /// Appraisal and release policies (Rego)
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Reference values: what guests are expected to measure
+    #[command(subcommand)]
+    Reference(ReferenceCommand),
+    /// Trust the platform key of simulated TEEs
+    TrustSim {
+        /// Its public key, PEM
+        file: PathBuf,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Print a token for an administrator's own HTTP calls, good for ten minutes
+    Token {
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Show what was released to whom
+    Audit {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Only entries after this number
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        after: u64,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ResourceCommand {
+    /// Store a secret
+    Put {
+        /// repository/type/tag
+        path: String,
+        /// The file that holds it; - is standard input
+        file: PathBuf,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Remove a secret
+    Rm {
+        /// repository/type/tag
+        path: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// List the names of secrets
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Set the policy that appraises guests
+    SetAttestation {
+        /// The Rego file
+        file: PathBuf,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Set a policy that releases resources
+    SetResource {
+        /// The Rego file
+        file: PathBuf,
+        /// repository, repository/type or repository/type/tag; the most specific one decides [default: all resources]
+        #[arg(long, value_name = "SCOPE", default_value = "", hide_default_value = true)]
+        scope: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Print a policy that releases resources
+    ShowResource {
+        /// repository, repository/type or repository/type/tag [default: all resources]
+        #[arg(long, value_name = "SCOPE", default_value = "", hide_default_value = true)]
+        scope: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReferenceCommand {
+    /// Set the values that are expected of something, in place of the old ones
+    Set {
+        /// What is expected, such as sim.measurement
+        name: String,
+        /// The values
+        #[arg(required = true)]
+        values: Vec<String>,
+        /// Until when they are good, RFC 3339 [default: a year from now]
+        #[arg(long, value_name = "TIME")]
+        expires: Option<String>,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Print the values that are expected of something
+    Show {
+        /// What is expected, such as sim.measurement
+        name: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AttestCommand {
+    /// Print the evidence of this guest
+    Evidence {
+        /// The platform key of the simulated TEE
+        #[arg(long, value_name = "FILE")]
+        sim_platform_key: PathBuf,
+        /// The guest's init data, which the evidence binds
+        #[arg(long, value_name = "FILE")]
+        init_data: Option<PathBuf>,
+        /// Up to 64 bytes to bind, in hex
+        #[arg(long, value_name = "HEX", default_value = "")]
+        report_data: String,
+    },
+    /// Attest to a broker and print its token
+    Token {
+        #[command(flatten)]
+        keys: KeyArgs,
+    },
+    /// Make a platform key for simulated TEEs; prints the public key, which brokers are told to trust
+    SimKey {
+        /// The file for the private key
+        file: PathBuf,
+    },
+    /// Print the measurement that a simulated TEE takes of a program: the reference value sim.measurement
+    Measure {
+        /// The program
+        file: PathBuf,
+    },
+    /// Print the digest of init data as simulated evidence has it: the reference value sim.init_data
+    InitData {
+        /// The init data
+        file: PathBuf,
+    },
+}

@@ -1,0 +1,67 @@
+//! `nacre attest`: evidence, tokens, and what simulated TEEs need.
+
+use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path};
+
+use anyhow::Context as _;
+use nacre_attest::{
+    evidence::Attester as _,
+    initdata::InitData,
+    sim::{SimAttester, measure, read_platform_key},
+};
+use nacre_core::jose::PrivateKey;
+
+use crate::{
+    args::{AttestCommand, Global},
+    output,
+    setup::Setup,
+};
+
+pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result<()> {
+    match command {
+        AttestCommand::Evidence { sim_platform_key, init_data, report_data } => {
+            let init_data = init_data.as_deref().map(read_init_data).transpose()?;
+            let attester = SimAttester::new(read_platform_key(sim_platform_key)?, init_data)?;
+            output::json(&attester.evidence(&bytes_of_hex(report_data)?)?)
+        }
+        AttestCommand::Token { keys } => {
+            let mut setup = Setup::new(global, false)?;
+            setup.add_keys(keys);
+            let broker = setup.config.broker.as_ref().context("name the broker: --broker URL")?;
+            Ok(output::line(nacre_guest::service::connect(broker)?.attest()?.token())?)
+        }
+        AttestCommand::SimKey { file } => {
+            let key = PrivateKey::generate_p256();
+            let mut out = std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(file)
+                .with_context(|| format!("{}: write the platform key", file.display()))?;
+            out.write_all(key.to_pkcs8_pem()?.as_bytes())?;
+            out.sync_all()?;
+            Ok(output::line(key.public().to_pem()?.trim_end())?)
+        }
+        AttestCommand::Measure { file } => Ok(output::line(measure(file)?.hex())?),
+        AttestCommand::InitData { file } => {
+            let digest = read_init_data(file)?.fit::<48>();
+            Ok(output::line(digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>())?)
+        }
+    }
+}
+
+fn read_init_data(path: &Path) -> anyhow::Result<InitData> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}: init data", path.display()))?;
+    Ok(InitData::parse(&text)?)
+}
+
+fn bytes_of_hex(text: &str) -> anyhow::Result<[u8; 64]> {
+    anyhow::ensure!(
+        text.len() <= 128 && text.len().is_multiple_of(2) && text.bytes().all(|digit| digit.is_ascii_hexdigit()),
+        "--report-data: up to 64 bytes in hex are expected"
+    );
+    let mut data = [0; 64];
+    for (slot, pair) in data.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *slot = u8::from_str_radix(std::str::from_utf8(pair)?, 16)?;
+    }
+    Ok(data)
+}

@@ -1,0 +1,246 @@
+//! `nacre broker`: make one, serve guests, administer it (while it runs, by its HTTP service; otherwise, by its files).
+
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use nacre_attest::client::BrokerConfig;
+use nacre_broker::{
+    AdminClient, AuditEntry, Broker, InitOptions, ResourceScope, Settings, Transport, admin_token, serve,
+};
+use nacre_core::{
+    ResourcePath, SecretBytes,
+    jose::{PrivateKey, PublicKey},
+};
+use nacre_sys::end::EndSignals;
+use serde_json::Value;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::{
+    args::{BrokerAt, BrokerCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    output,
+};
+
+/// Seconds for which a printed token is good.
+const TOKEN_SECONDS: u32 = 600;
+/// The most bytes of a secret or a policy file.
+const FILE_LIMIT: u64 = 4 << 20;
+
+pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
+    match command {
+        BrokerCommand::Init { dir, allow_simulated, name } => init(dir, *allow_simulated, name),
+        BrokerCommand::Serve { dir, listen, insecure_http } => {
+            let end = EndSignals::hold()?;
+            let transport = if *insecure_http { Transport::PlainHttp } else { Transport::Tls };
+            let handle = serve(Arc::new(Broker::open(dir)?), *listen, transport)?;
+            output::line(format_args!("serving at {}", handle.url()))?;
+            end.wait()?;
+            handle.shutdown();
+            Ok(())
+        }
+        BrokerCommand::Resource(command) => resource(command),
+        BrokerCommand::Policy(command) => policy(command),
+        BrokerCommand::Reference(command) => reference(command),
+        BrokerCommand::TrustSim { file, at } => {
+            let key = PublicKey::from_bytes(read(file)?.expose()).with_context(|| format!("{}", file.display()))?;
+            match Admin::of(at)? {
+                Admin::Local(broker) => Ok(broker.add_sim_platform_key(&key)?),
+                Admin::Remote(client) => Ok(client.add_sim_platform_key(&key)?),
+            }
+        }
+        BrokerCommand::Token { at } => {
+            Ok(output::line(admin_token(&at.admin_key()?, &at.token_key()?, &subject(), TOKEN_SECONDS)?)?)
+        }
+        BrokerCommand::Audit { json, after, at } => audit(*json, *after, at),
+    }
+}
+
+fn init(dir: &Path, allow_simulated: bool, names: &[String]) -> anyhow::Result<()> {
+    let settings = Settings { allow_simulated, ..Settings::default() };
+    Broker::init(dir, &InitOptions { names: names.to_vec(), settings })?;
+    for (file, what) in [
+        ("tls.crt", "pin it in guests (--broker-cert)"),
+        ("token.pub", "pin it in guests (--broker-token-key)"),
+        ("admin.key", "the administrator's: move it to where you administer from"),
+        ("broker.toml", "settings"),
+    ] {
+        output::line(format_args!("{:<40} {what}", dir.join(file).display()))?;
+    }
+    Ok(())
+}
+
+/// A broker to be administered.
+enum Admin {
+    Local(Box<Broker>),
+    Remote(Box<AdminClient>),
+}
+
+impl Admin {
+    fn of(at: &BrokerAt) -> anyhow::Result<Self> {
+        let Some(url) = &at.url else { return Ok(Self::Local(Box::new(Broker::open(&at.dir)?))) };
+        let certificate = at.cert.clone().unwrap_or_else(|| at.dir.join("tls.crt"));
+        let pem = std::fs::read_to_string(&certificate)
+            .with_context(|| format!("{}: the broker's certificate", certificate.display()))?;
+        let mut config = BrokerConfig::new(url).pin(Some(&pem), None)?;
+        config.token_key = Some(at.token_key()?);
+        Ok(Self::Remote(Box::new(AdminClient::new(&config, at.admin_key()?, &subject())?)))
+    }
+}
+
+impl BrokerAt {
+    fn admin_key(&self) -> anyhow::Result<PrivateKey> {
+        let path = self.admin_key.clone().unwrap_or_else(|| self.dir.join("admin.key"));
+        PrivateKey::from_bytes(read(&path)?.expose())
+            .with_context(|| format!("{}: the administrator's key", path.display()))
+    }
+
+    fn token_key(&self) -> anyhow::Result<PublicKey> {
+        let path = self.token_key.clone().unwrap_or_else(|| self.dir.join("token.pub"));
+        PublicKey::from_bytes(read(&path)?.expose())
+            .with_context(|| format!("{}: the broker's token key", path.display()))
+    }
+}
+
+/// Who administers, for the audit log.
+fn subject() -> String {
+    std::env::var("USER").ok().filter(|user| !user.is_empty()).unwrap_or_else(|| "admin".into())
+}
+
+fn read(path: &Path) -> anyhow::Result<SecretBytes> {
+    let mut bytes = Vec::new();
+    let result = match path == Path::new("-") {
+        true => std::io::stdin().take(FILE_LIMIT + 1).read_to_end(&mut bytes),
+        false => std::fs::File::open(path).and_then(|file| file.take(FILE_LIMIT + 1).read_to_end(&mut bytes)),
+    };
+    result.with_context(|| format!("{}: read", path.display()))?;
+    anyhow::ensure!(bytes.len() as u64 <= FILE_LIMIT, "{}: larger than {FILE_LIMIT} bytes", path.display());
+    Ok(SecretBytes::new(bytes))
+}
+
+fn resource(command: &ResourceCommand) -> anyhow::Result<()> {
+    match command {
+        ResourceCommand::Put { path, file, at } => {
+            let (path, value): (ResourcePath, _) = (path.parse()?, read(file)?);
+            match Admin::of(at)? {
+                Admin::Local(broker) => Ok(broker.put_resource(&path, value.expose())?),
+                Admin::Remote(client) => Ok(client.put_resource(&path, value.expose())?),
+            }
+        }
+        ResourceCommand::Rm { path, at } => {
+            let path: ResourcePath = path.parse()?;
+            match Admin::of(at)? {
+                Admin::Local(broker) => anyhow::ensure!(broker.delete_resource(&path)?, "{path}: no such resource"),
+                Admin::Remote(client) => client.delete_resource(&path)?,
+            }
+            Ok(())
+        }
+        ResourceCommand::Ls { json, at } => {
+            let names = match Admin::of(at)? {
+                Admin::Local(broker) => broker.resources()?,
+                Admin::Remote(client) => client.resources()?,
+            };
+            if *json {
+                return output::json(&names);
+            }
+            Ok(names.iter().try_for_each(output::line)?)
+        }
+    }
+}
+
+fn policy(command: &PolicyCommand) -> anyhow::Result<()> {
+    let text = |file: &PathBuf| {
+        let bytes = read(file)?;
+        let text = std::str::from_utf8(bytes.expose()).with_context(|| format!("{}: not UTF-8", file.display()))?;
+        anyhow::Ok(text.to_owned())
+    };
+    match command {
+        PolicyCommand::SetAttestation { file, at } => match Admin::of(at)? {
+            Admin::Local(broker) => Ok(broker.set_attestation_policy("default_cpu", &text(file)?)?),
+            Admin::Remote(client) => Ok(client.set_attestation_policy("default_cpu", &text(file)?)?),
+        },
+        PolicyCommand::SetResource { file, scope, at } => match Admin::of(at)? {
+            Admin::Local(broker) => Ok(broker.set_resource_policy(scope, &text(file)?)?),
+            Admin::Remote(client) => {
+                Ok(with_scope(scope, |scope| Ok(client.set_resource_policy(scope, &text(file)?)?))?)
+            }
+        },
+        PolicyCommand::ShowResource { scope, at } => {
+            let policy = match Admin::of(at)? {
+                Admin::Local(broker) => {
+                    broker.resource_policy(scope)?.context("there is no policy of exactly this scope")?
+                }
+                Admin::Remote(client) => with_scope(scope, |scope| Ok(client.resource_policy(scope)?))?,
+            };
+            Ok(output::line(policy.trim_end())?)
+        }
+    }
+}
+
+/// Reads a scope: nothing, a repository, or a whole path.
+fn with_scope<T>(text: &str, act: impl FnOnce(&ResourceScope<'_>) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    match text.matches('/').count() {
+        0 if text.is_empty() => act(&ResourceScope::All),
+        0 => act(&ResourceScope::Repository(text)),
+        _ => act(&ResourceScope::Resource(&text.parse()?)),
+    }
+}
+
+fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
+    match command {
+        ReferenceCommand::Set { name, values, expires, at } => {
+            let values: Vec<Value> = values.iter().map(|value| Value::from(value.as_str())).collect();
+            let expires = expires
+                .as_deref()
+                .map(|text| OffsetDateTime::parse(text, &Rfc3339).with_context(|| format!("--expires '{text}'")))
+                .transpose()?
+                .map(OffsetDateTime::unix_timestamp);
+            match Admin::of(at)? {
+                Admin::Local(broker) => Ok(broker.add_reference_value(name, values, expires)?),
+                Admin::Remote(client) => Ok(client.add_reference_value(name, &values, expires)?),
+            }
+        }
+        ReferenceCommand::Show { name, at } => {
+            let values: Option<Vec<Value>> = match Admin::of(at)? {
+                Admin::Local(broker) => broker.reference_value(name)?.map(|reference| reference.values),
+                Admin::Remote(client) => client.reference_value(name)?,
+            };
+            output::json(&values.with_context(|| format!("{name}: no reference value of this name"))?)
+        }
+    }
+}
+
+fn audit(json: bool, after: u64, at: &BrokerAt) -> anyhow::Result<()> {
+    let mut entries: Vec<AuditEntry> = Vec::new();
+    let admin = Admin::of(at)?;
+    loop {
+        let last = entries.last().map_or(after, |entry| entry.number);
+        let more = match &admin {
+            Admin::Local(broker) => broker.audit(last, 1000)?,
+            Admin::Remote(client) => client.audit(last)?,
+        };
+        if more.is_empty() {
+            break;
+        }
+        entries.extend(more);
+    }
+    if json {
+        return output::json(&entries);
+    }
+    let row = |entry: &AuditEntry| {
+        let time = OffsetDateTime::from_unix_timestamp(entry.time).ok().and_then(|time| time.format(&Rfc3339).ok());
+        let event = if entry.simulated { format!("{} (simulated)", entry.event) } else { entry.event.clone() };
+        vec![
+            entry.number.to_string(),
+            time.unwrap_or_default(),
+            event,
+            entry.actor.clone(),
+            entry.subject.clone(),
+            entry.detail.clone(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = entries.iter().map(row).collect();
+    Ok(output::table(&["NUMBER", "TIME", "EVENT", "ACTOR", "SUBJECT", "DETAIL"], &rows)?)
+}

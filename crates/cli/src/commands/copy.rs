@@ -1,0 +1,205 @@
+//! `nacre image copy`: the shipping side.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use nacre_core::{KeySource, KeySourceError, ResourceUri, SecretBytes, SystemClock, Untrusted, Verified};
+use nacre_oci::{
+    copy::{
+        self, Copied, CopyOptions, EncryptLayers, ExistingSignatures, Platforms, Recompress, Sign, SigningKey, Source,
+    },
+    crypt::{Keyring, Recipients},
+    manifest::{Compression, RawManifest},
+    reference::{ImageRef, Location},
+    registry::{Client, CredentialStore, RegistriesConf},
+    source::ImageSource,
+    transport::{open_sink, open_source},
+    trust::{
+        LookasideConfig, Policy, TrustContext,
+        sign::{CosignKey, GpgKey},
+    },
+};
+use serde_json::json;
+
+use crate::{
+    args::{CopyArgs, Global},
+    output,
+    progress::size,
+    setup::Setup,
+};
+
+pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
+    let mut setup = Setup::new(global, args.json)?;
+    setup.add_registry(&args.registry);
+    let config = &setup.config;
+    let client = Client::new(
+        config.registry.clone(),
+        RegistriesConf::system(config.registries.conf.as_deref())?,
+        CredentialStore::system(config.registries.credentials.as_deref().map(Path::new))?,
+        setup.progress.clone(),
+    )?;
+    let registries_d = args.registries_d.clone().or_else(crate::setup::registries_d);
+    let lookaside = match &registries_d {
+        Some(dir) => LookasideConfig::load_dir(dir)?,
+        None => LookasideConfig::default(),
+    };
+    let source = open_source(&location(&args.source, &client)?, &client)?;
+    let sink = open_sink(&location(&args.destination, &client)?, &client)?;
+    let source = match &args.policy {
+        Some(policy) => Source { transport: &*source, manifest: admitted(&*source, policy, &lookaside)? },
+        None => Source::without_policy(&*source)?,
+    };
+
+    let keyring = Keyring::from_args(&args.decryption_key)?;
+    let recipients = Recipients::from_args(&args.encrypt)?;
+    let layers = match args.encrypt_layer.as_slice() {
+        [] => EncryptLayers::All,
+        some => EncryptLayers::Some(some.iter().copied().map(i64::from).collect()),
+    };
+    let keys = signing_keys(args)?;
+    let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
+    let options = CopyOptions {
+        platforms: platforms(args)?,
+        compression: args.compression.as_deref().map(recompress).transpose()?,
+        decrypt: (!args.decryption_key.is_empty()).then_some(&keyring),
+        encrypt: (!args.encrypt.is_empty()).then_some((&recipients, &layers)),
+        signatures: if args.remove_signatures { ExistingSignatures::Remove } else { ExistingSignatures::Keep },
+        sign: (!keys.is_empty())
+            .then(|| Sign { keys: keys.iter().map(|key| key.as_signing(args.sign_bundle)).collect(), identity }),
+        lookaside: Some(&lookaside),
+        progress: &*setup.progress,
+        ..CopyOptions::default()
+    };
+    let copied = copy::copy(&source, &*sink, &options)?;
+    report(args, &copied)
+}
+
+fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
+    if Location::has_transport(text) {
+        return Ok(text.parse()?);
+    }
+    let mut names = client.registries().candidates(text)?.into_iter();
+    let name = names.next().with_context(|| format!("'{text}' names no image"))?;
+    Ok(Location::Docker(name.with_default_tag()))
+}
+
+/// The manifest that the policy lets in.
+fn admitted(
+    source: &dyn ImageSource,
+    policy: &Path,
+    lookaside: &LookasideConfig,
+) -> anyhow::Result<Verified<RawManifest>> {
+    let bytes = std::fs::read(policy).with_context(|| format!("{}: the trust policy", policy.display()))?;
+    let policy = Policy::parse(&bytes, &policy.display().to_string())?;
+    let raw = source.manifest(None)?.peek().clone();
+    let context = TrustContext {
+        policy: &policy,
+        requested: source.location(),
+        chain: &[&raw],
+        storage: source.signatures(),
+        lookaside,
+        keys: &NoBroker,
+        clock: &SystemClock,
+    };
+    let admitted = context.evaluate()?;
+    let check = |raw: &RawManifest| match raw.digest() == admitted.manifest() {
+        true => Ok(()),
+        false => Err(anyhow::anyhow!("the policy was evaluated on another manifest")),
+    };
+    Untrusted::new(raw).verify(check)
+}
+
+struct NoBroker;
+
+impl KeySource for NoBroker {
+    fn fetch(&self, uri: &ResourceUri) -> Result<SecretBytes, KeySourceError> {
+        let source = "copying asks no broker; name a key file in the policy".into();
+        Err(KeySourceError::Failed { uri: uri.clone(), source_name: "a key broker".into(), source })
+    }
+}
+
+fn platforms(args: &CopyArgs) -> anyhow::Result<Platforms> {
+    Ok(match (&args.registry.platform, args.all) {
+        (Some(_), true) => anyhow::bail!("--all and --platform are both given; choose one"),
+        (Some(platform), false) => Platforms::One(platform.parse()?),
+        (None, true) => Platforms::All,
+        (None, false) => Platforms::Host,
+    })
+}
+
+fn recompress(text: &str) -> anyhow::Result<Recompress> {
+    let to = match text {
+        "gzip" => Compression::Gzip,
+        "zstd" => Compression::Zstd,
+        "none" => Compression::None,
+        _ => anyhow::bail!("--compression '{text}': gzip, zstd and none are known"),
+    };
+    Ok(Recompress { to, level: None })
+}
+
+enum OwnedKey {
+    Cosign(CosignKey),
+    Gpg(Box<GpgKey>),
+}
+
+impl OwnedKey {
+    fn as_signing(&self, bundle: bool) -> SigningKey<'_> {
+        match self {
+            Self::Cosign(key) if bundle => SigningKey::Bundle(key),
+            Self::Cosign(key) => SigningKey::Cosign(key),
+            Self::Gpg(key) => SigningKey::Gpg(key),
+        }
+    }
+}
+
+fn signing_keys(args: &CopyArgs) -> anyhow::Result<Vec<OwnedKey>> {
+    let passphrase = args.sign_passphrase_file.as_deref().map(first_line).transpose()?;
+    let read = |path: &str| {
+        let bytes = std::fs::read(path).with_context(|| format!("{path}: the signing key"))?;
+        anyhow::Ok(SecretBytes::new(bytes))
+    };
+    let key = |text: &String| match text.strip_prefix("gpg:") {
+        Some(path) => {
+            let key = GpgKey::read(read(path)?.expose(), None, passphrase.as_ref());
+            Ok(OwnedKey::Gpg(Box::new(key.with_context(|| format!("{path}: the signing key"))?)))
+        }
+        None => {
+            let key = CosignKey::from_pem(read(text)?.expose(), passphrase.as_ref());
+            Ok(OwnedKey::Cosign(key.with_context(|| format!("{text}: the signing key"))?))
+        }
+    };
+    args.sign.iter().map(key).collect()
+}
+
+fn first_line(path: &Path) -> anyhow::Result<SecretBytes> {
+    let bytes = SecretBytes::new(std::fs::read(path).with_context(|| format!("{}: the passphrase", path.display()))?);
+    let line = bytes.expose().split(|byte| *byte == b'\n').next().unwrap_or_default();
+    Ok(SecretBytes::new(line.to_vec()))
+}
+
+fn report(args: &CopyArgs, copied: &Copied) -> anyhow::Result<()> {
+    if !args.json {
+        return Ok(output::line(copied.digest)?);
+    }
+    let layers = |image: &copy::CopiedImage| {
+        let layer = |layer: &copy::CopiedLayer| {
+            json!({
+                "from": layer.from, "to": layer.to, "size": layer.size, "bytes": size(layer.size),
+                "media_type": layer.media_type, "reused": layer.reused,
+            })
+        };
+        image.layers.iter().map(layer).collect::<Vec<_>>()
+    };
+    let image = |image: &copy::CopiedImage| {
+        let platform = image.platform.as_ref().map(ToString::to_string);
+        json!({ "from": image.from, "to": image.to, "platform": platform, "layers": layers(image) })
+    };
+    output::json(&json!({
+        "digest": copied.digest,
+        "media_type": copied.media_type,
+        "changed": copied.changed,
+        "images": copied.images.iter().map(image).collect::<Vec<_>>(),
+        "signatures_kept": copied.signatures_kept,
+        "signatures_made": copied.signatures_made,
+    }))
+}

@@ -1,0 +1,60 @@
+//! `nacre run`: pull, mount, run, clean up.
+
+use nacre_guest::{
+    bundle::{Overrides, Runtime},
+    images::PulledImage,
+    service::ImageService,
+};
+
+use crate::{
+    args::{Global, RunArgs},
+    setup::{self, Setup},
+};
+
+/// Runs an image; gives the exit code of its process.
+pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
+    setup::privileged()?;
+    let service = Setup::new(global, false)?.with(&args.trust, &args.keys, &args.registry).service()?;
+    let runtime = Runtime::find(args.runtime.as_deref())?;
+    let pulled = if args.offline { open(&service, &args.image)? } else { service.pull(&args.image)? };
+    let overrides = Overrides {
+        args: (!args.command.is_empty()).then(|| args.command.clone()),
+        // What stands after `--` is the whole command, as `ctr run` takes it.
+        entrypoint: (!args.command.is_empty()).then(Vec::new),
+        env: args.env.clone(),
+        cwd: args.workdir.clone(),
+        user: args.user.clone(),
+        read_only: args.read_only,
+        ..Overrides::default()
+    };
+    run_pulled(&service, &pulled, &overrides, &runtime)
+}
+
+/// Runs a pulled image in a bundle that goes afterwards.
+pub(crate) fn run_pulled(
+    service: &ImageService,
+    pulled: &PulledImage,
+    overrides: &Overrides,
+    runtime: &Runtime,
+) -> anyhow::Result<i32> {
+    let store = service.images().store();
+    let dir = tempfile::Builder::new().prefix("run-").tempdir_in(store.root().join("bundles"))?;
+    let bundle = dir.path().join("bundle");
+    service.mount_bundle(pulled, &bundle, overrides)?;
+    let code = runtime.run(&bundle);
+    ImageService::unmount_bundle(store, &bundle)?;
+    Ok(code?)
+}
+
+fn open(service: &ImageService, text: &str) -> anyhow::Result<PulledImage> {
+    let store = service.images().store();
+    let mut found = None;
+    for location in service.locations(text).unwrap_or_default() {
+        found = found.or(store.name(&location)?);
+    }
+    let name = match found {
+        Some(name) => name,
+        None => store.find(text, None)?,
+    };
+    Ok(service.images().open(&name)?)
+}

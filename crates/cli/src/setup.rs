@@ -1,0 +1,163 @@
+//! From the command line, the environment and the configuration file to a working guest: flags before variables before the file.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use nacre_core::Progress;
+use nacre_guest::{
+    config::{BrokerConfig, Config},
+    service::ImageService,
+    store::{Marks, Store},
+};
+use nacre_sys::privilege::Privilege;
+
+use crate::{
+    args::{Global, KeyArgs, RegistryArgs, TrustArgs},
+    progress::{self, Verbosity},
+};
+
+/// What all commands share.
+pub(crate) struct Setup {
+    pub(crate) config: Config,
+    pub(crate) progress: Arc<dyn Progress>,
+    root: Option<PathBuf>,
+    allow_tmpfs: bool,
+}
+
+impl Setup {
+    /// Reads the configuration file.
+    pub(crate) fn new(global: &Global, json: bool) -> anyhow::Result<Self> {
+        let config = match &global.config {
+            Some(path) => Config::read(path)?,
+            None => {
+                let usual = Path::new("/etc/nacre/nacre.toml");
+                if usual.exists() { Config::read(usual)? } else { Config::default() }
+            }
+        };
+        let verbosity = if global.quiet || json { Verbosity::Quiet } else { Verbosity::Normal };
+        Ok(Self {
+            progress: progress::display(verbosity),
+            root: global.root.clone().or_else(|| config.root.clone()),
+            allow_tmpfs: global.allow_tmpfs || config.allow_tmpfs,
+            config,
+        })
+    }
+
+    /// Opens the store, as root or as a user in a namespace.
+    pub(crate) fn store(&self) -> anyhow::Result<Store> {
+        let marks = if nacre_sys::userns::is_inside() { Marks::User } else { Marks::Trusted };
+        let root = match &self.root {
+            Some(root) => root.clone(),
+            None if marks == Marks::Trusted => "/var/lib/nacre".into(),
+            None => {
+                let home = std::env::var_os("XDG_DATA_HOME")
+                    .map(PathBuf::from)
+                    .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share")));
+                home.context("neither --root, NACRE_ROOT nor HOME says where the store is")?.join("nacre")
+            }
+        };
+        Ok(Store::open(&root, marks, self.allow_tmpfs)?)
+    }
+
+    /// Adds what the flags say.
+    pub(crate) fn with(mut self, trust: &TrustArgs, keys: &KeyArgs, registry: &RegistryArgs) -> Self {
+        self.add_trust(trust);
+        self.add_keys(keys);
+        self.add_registry(registry);
+        // A machine with an attested broker is a guest, whose clock is its host's. Any other is somebody's own.
+        self.config.trust.system_clock |= self.config.broker.is_none();
+        self
+    }
+
+    /// The guest.
+    pub(crate) fn service(&self) -> anyhow::Result<ImageService> {
+        Ok(ImageService::new(&self.config, self.store()?, self.progress.clone())?)
+    }
+
+    fn add_trust(&mut self, args: &TrustArgs) {
+        let trust = &mut self.config.trust;
+        if args.policy.is_some() {
+            trust.policy.clone_from(&args.policy);
+            trust.insecure_policy = false;
+        }
+        if args.insecure_policy {
+            trust.insecure_policy = true;
+            trust.policy = None;
+        }
+        if trust.policy.is_none() && !trust.insecure_policy {
+            trust.policy = first_there("policy.json").map(|path| path.display().to_string());
+        }
+        trust.admission.plain_unsigned |= args.allow_unsigned;
+        if args.registries_d.is_some() {
+            trust.registries_d.clone_from(&args.registries_d);
+        }
+        if trust.registries_d.is_none() {
+            trust.registries_d = registries_d();
+        }
+    }
+
+    pub(crate) fn add_keys(&mut self, args: &KeyArgs) {
+        self.config.decryption_keys.extend(args.decryption_key.iter().cloned());
+        let Some(url) = &args.broker else { return };
+        let text = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let old = self.config.broker.take();
+        let old = old.unwrap_or_else(|| BrokerConfig {
+            url: String::new(),
+            certificate: None,
+            token_key: None,
+            sim_platform_key: None,
+            init_data: None,
+        });
+        self.config.broker = Some(BrokerConfig {
+            url: url.clone(),
+            certificate: text(&args.broker_cert).or(old.certificate),
+            token_key: text(&args.broker_token_key).or(old.token_key),
+            sim_platform_key: args.sim_platform_key.clone().or(old.sim_platform_key),
+            init_data: args.init_data.clone().or(old.init_data),
+        });
+    }
+
+    pub(crate) fn add_registry(&mut self, args: &RegistryArgs) {
+        let registry = &mut self.config.registry;
+        registry.insecure |= args.insecure_registry;
+        registry.extra_roots.extend(args.ca.iter().cloned());
+        if let Some(dir) = &args.cert_dir {
+            registry.certs_dirs = vec![dir.clone()];
+        }
+        if let Some(path) = &args.authfile {
+            self.config.registries.credentials = Some(path.display().to_string());
+        }
+        if args.registries_conf.is_some() {
+            self.config.registries.conf.clone_from(&args.registries_conf);
+        }
+        if args.platform.is_some() {
+            self.config.image.platform.clone_from(&args.platform);
+        }
+    }
+}
+
+/// The user's or the machine's file of containers(5).
+fn first_there(name: &str) -> Option<PathBuf> {
+    let home = std::env::var_os("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config")));
+    let candidates = [home.map(|home| home.join("containers")), Some("/etc/containers".into())];
+    candidates.into_iter().flatten().map(|dir| dir.join(name)).find(|path| path.exists())
+}
+
+/// The user's or the machine's directory of signature storage configurations.
+pub(crate) fn registries_d() -> Option<PathBuf> {
+    first_there("registries.d")
+}
+
+/// Makes sure that this process may own files of other users and mount: as it is, or by going on as root of a user namespace.
+pub(crate) fn privileged() -> anyhow::Result<()> {
+    match Privilege::detect() {
+        Privilege::Full => Ok(()),
+        Privilege::UserNamespace => match nacre_sys::userns::become_root()? {},
+        Privilege::Missing(missing) => Err(missing.into()),
+    }
+}

@@ -1,0 +1,192 @@
+//! The configuration file, one for `nacre` and `nacre-guestd` (docs/guide/guest.md). Unknown keys are refused: a misspelt setting
+//! of a security tool must not be a silent default.
+
+use std::path::PathBuf;
+
+use nacre_attest::initdata::InitData;
+use nacre_oci::{
+    registry::ClientConfig,
+    trust::AdmissionRules,
+    unpack::{DevicePolicy, Limits},
+};
+use serde::Deserialize;
+
+/// The entry of the init data that holds a guest's configuration.
+pub const INIT_DATA_ENTRY: &str = "nacre.toml";
+/// The most bytes of a configuration file.
+const CONFIG_LIMIT: usize = 1 << 20;
+
+/// The configuration.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The image store.
+    pub root: Option<PathBuf>,
+    /// Whether the store may lie in memory.
+    pub allow_tmpfs: bool,
+    /// What an image must bring to be trusted.
+    pub trust: TrustConfig,
+    /// Pulling and unpacking.
+    pub image: ImageConfig,
+    /// How registries are talked to.
+    pub registry: ClientConfig,
+    /// Where the registry's credentials and names are configured.
+    pub registries: RegistriesConfig,
+    /// The key broker.
+    pub broker: Option<BrokerConfig>,
+    /// Keys in files in place of a broker, as Trustee's `offline_fs_kbc` reads them: the directory of the two files.
+    pub offline_keys: Option<PathBuf>,
+    /// Private keys for encrypted layers, as `--decryption-key` spells them.
+    pub decryption_keys: Vec<String>,
+}
+
+/// What an image must bring to be trusted.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrustConfig {
+    /// policy.json: a file, a `kbs://` resource, or `init-data:NAME`.
+    pub policy: Option<String>,
+    /// Use no policy at all.
+    pub insecure_policy: bool,
+    /// Which of the four kinds of image may run.
+    pub admission: AdmissionRules,
+    /// Judge validity periods by the machine's clock: on machines of one's own. In a guest that clock is the host's, and what has a
+    /// validity period is refused until a broker has signed a time.
+    pub system_clock: bool,
+    /// The directory of registries.d.
+    pub registries_d: Option<PathBuf>,
+}
+
+/// Pulling and unpacking.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageConfig {
+    /// How many layers are in flight at once.
+    pub parallel_layers: usize,
+    /// `os/architecture[/variant]`.
+    pub platform: Option<String>,
+    /// What happens with device nodes of a layer.
+    pub devices: DevicePolicy,
+    /// How much a layer may be.
+    pub limits: Limits,
+}
+
+impl Default for ImageConfig {
+    fn default() -> Self {
+        Self { parallel_layers: 4, platform: None, devices: DevicePolicy::default(), limits: Limits::default() }
+    }
+}
+
+/// Names and credentials of registries.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistriesConfig {
+    /// registries.conf.
+    pub conf: Option<PathBuf>,
+    /// auth.json: a file or a `kbs://` resource.
+    pub credentials: Option<String>,
+}
+
+/// The key broker, and what this guest shows to it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BrokerConfig {
+    /// Its address.
+    pub url: String,
+    /// Its TLS certificate, pinned: PEM, or a file's name.
+    pub certificate: Option<String>,
+    /// The public key that signs its tokens: PEM, or a file's name.
+    pub token_key: Option<String>,
+    /// The platform key of the simulated TEE, a file: where there is no TEE.
+    pub sim_platform_key: Option<PathBuf>,
+    /// The guest's init data, a file, which the evidence binds.
+    pub init_data: Option<PathBuf>,
+}
+
+/// Why a configuration is none.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("{path}: read the configuration: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// It does not parse.
+    #[error("{name}: {reason}")]
+    Parse {
+        /// The file.
+        name: String,
+        /// What is wrong, and where.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Parses a configuration; `name` is for messages.
+    ///
+    /// # Errors
+    /// [`ConfigError::Parse`]
+    pub fn parse(bytes: &[u8], name: &str) -> Result<Self, ConfigError> {
+        let wrong = |reason: String| ConfigError::Parse { name: name.into(), reason };
+        if bytes.len() > CONFIG_LIMIT {
+            return Err(wrong(format!("{} bytes; at most {CONFIG_LIMIT} are allowed", bytes.len())));
+        }
+        let text = std::str::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
+        toml::from_str(text).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// The configuration that a guest's init data carry as `nacre.toml`: measured, so that a host which changes it changes the
+    /// evidence. `path` is the init data's file.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    pub fn from_init_data(path: &std::path::Path) -> Result<Self, ConfigError> {
+        let name = format!("{}: {INIT_DATA_ENTRY}", path.display());
+        let wrong = |reason: String| ConfigError::Parse { name: name.clone(), reason };
+        let bytes = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let text = String::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
+        let data = InitData::parse(&text).map_err(|error| wrong(error.to_string()))?;
+        let toml = data.get(INIT_DATA_ENTRY).ok_or_else(|| wrong("the init data have no such entry".into()))?;
+        let mut config = Self::parse(toml.as_bytes(), &name)?;
+        if let Some(broker) = &mut config.broker {
+            broker.init_data = Some(path.into());
+        }
+        Ok(config)
+    }
+
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    pub fn read(path: &std::path::Path) -> Result<Self, ConfigError> {
+        let bytes = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&bytes, &path.display().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_setting_is_no_silent_default() {
+        let config =
+            Config::parse(b"[trust.admission]\nplain_signed = false\n[image.limits]\nentries = 5\n", "x").unwrap();
+        assert!(!config.trust.admission.plain_signed && config.trust.admission.encrypted_unsigned);
+        assert_eq!(config.image.limits.entries, 5);
+        for bad in [
+            "rot = '/x'",
+            "[trust]\npolcy = 'x'",
+            "[trust.admission]\nplain = true",
+            "[broker]\nurl = 'x'\ncert = ''",
+            "\u{0}",
+        ] {
+            let error = Config::parse(bad.as_bytes(), "nacre.toml").unwrap_err();
+            assert!(error.to_string().starts_with("nacre.toml"), "{error}");
+        }
+        assert!(Config::parse(&[0xff], "x").is_err());
+    }
+}

@@ -1,0 +1,380 @@
+//! Pulling: from a name to layers in the store, with every check on the way. ARCHITECTURE.md has the sequence.
+
+mod committer;
+mod error;
+mod fetch;
+mod recorded;
+mod stack;
+
+use std::sync::Arc;
+
+use nacre_core::{Clock, Digest, KeySource, Progress};
+use nacre_oci::{
+    crypt::{self, Keyring, PublicOptions},
+    manifest::{ImageConfig, Index, Manifest, Platform, RawManifest, verify_manifest},
+    reference::Location,
+    source::{ImageSource, SignatureStorage},
+    trust::{Admission, AdmissionRules, LookasideConfig, Policy, TrustContext},
+    unpack::UnpackOptions,
+};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::store::{ImageRecord, LayerGuard, LayerId, RefRecord, Store, StoreError, StoredLayer};
+pub use error::PullError;
+use recorded::Recorder;
+pub use recorded::Recording;
+
+/// The most indexes between a name and its image.
+const INDEX_DEPTH: usize = 3;
+
+/// What decides whether an image is trusted.
+pub struct Trust {
+    /// The policy.
+    pub policy: Policy,
+    /// Which of the four kinds of image may run.
+    pub rules: AdmissionRules,
+    /// Where registries keep GPG signatures.
+    pub lookaside: LookasideConfig,
+    /// Releases what the policy and encrypted layers name by `kbs://`.
+    pub keys: Arc<dyn KeySource>,
+    /// Judges validity periods.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// How images are pulled.
+#[derive(Clone, Debug)]
+pub struct PullOptions {
+    /// The platform to choose from an index.
+    pub platform: Platform,
+    /// Limits of layers, and how they lie on disk.
+    pub unpack: UnpackOptions,
+    /// How many layers are in flight at once; each takes up to 16 MiB of memory.
+    pub parallel: usize,
+}
+
+impl Default for PullOptions {
+    fn default() -> Self {
+        Self { platform: Platform::host(), unpack: UnpackOptions::default(), parallel: 4 }
+    }
+}
+
+/// Pulls images into a store.
+pub struct Images {
+    store: Store,
+    trust: Trust,
+    keyring: Keyring,
+    options: PullOptions,
+    progress: Arc<dyn Progress>,
+}
+
+/// An image that may run: admitted, all of its layers there and kept from removal as long as this lives.
+#[derive(Debug)]
+pub struct PulledImage {
+    /// The image.
+    pub image: ImageRecord,
+    /// The proof that it was admitted, by the policy of this call.
+    pub admission: Admission,
+    /// What is to be stacked, the bottom first ([`ImageRecord::stack`]).
+    pub layers: Vec<LayerGuard>,
+    /// How many of them were fetched by this call.
+    pub fetched: usize,
+}
+
+/// An image that was looked at.
+#[derive(Clone, Debug)]
+pub struct Inspected {
+    /// The location as it was asked for.
+    pub name: String,
+    /// The digests of the index, if there is one, and of the manifest.
+    pub chain: Vec<Digest>,
+    /// The manifest, as it came.
+    pub manifest: Vec<u8>,
+    /// The image config.
+    pub config: ImageConfig,
+}
+
+/// An image as its name resolved, nothing of it trusted beyond digests.
+struct Resolved {
+    /// Indexes, then the manifest.
+    chain: Vec<RawManifest>,
+    manifest: Manifest,
+}
+
+impl Resolved {
+    fn raw(&self) -> &RawManifest {
+        match self.chain.last() {
+            Some(raw) => raw,
+            None => unreachable!("a resolved image has a manifest"),
+        }
+    }
+
+    fn digests(&self) -> Vec<Digest> {
+        self.chain.iter().map(|raw| *raw.digest()).collect()
+    }
+
+    /// The indexes as text; what parsed as JSON is UTF-8.
+    fn indexes(&self) -> Vec<String> {
+        let indexes = self.chain.iter().filter(|raw| raw.is_index());
+        indexes.map(|raw| String::from_utf8_lossy(raw.bytes()).into_owned()).collect()
+    }
+}
+
+impl Images {
+    /// Brings together what pulling needs.
+    pub fn new(
+        store: Store,
+        trust: Trust,
+        keyring: Keyring,
+        options: PullOptions,
+        progress: Arc<dyn Progress>,
+    ) -> Self {
+        Self { store, trust, keyring, options, progress }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Pulls an image: resolves, admits, fetches what is not in the store. An image that is there costs the manifest's request, and is
+    /// admitted again.
+    ///
+    /// # Errors
+    /// [`PullError`]; nothing of a layer that failed a check is in the store then.
+    pub fn pull(&self, source: &dyn ImageSource) -> Result<PulledImage, PullError> {
+        let requested = source.location();
+        let resolved = self.resolve(source)?;
+        let (admission, recording) = self.admit_from(&resolved, requested, source.signatures())?;
+        let stored = self.store.image(resolved.raw().digest())?;
+        let (config, config_bytes) = match &stored {
+            Some(image) => (image.config.clone(), None),
+            None => {
+                let (config, bytes) = self.config(source, &resolved)?;
+                (config, Some(bytes))
+            }
+        };
+        let plans = self.plan(&resolved.manifest, &config)?;
+        check_count(&config)?;
+        let (layers, fetched) = fetch::layers(self, source, &plans, &admission)?;
+        let stored_layers: Vec<StoredLayer> = plans.iter().map(fetch::Plan::stored).collect();
+        let stack = stack::build(&self.store, in_order(&stored_layers, layers))?;
+        let image = ImageRecord {
+            manifest: *resolved.raw().digest(),
+            media_type: resolved.raw().media_type().to_owned(),
+            layers: stored_layers,
+            stack: stack.ids(),
+            root: stack.root,
+            config,
+        };
+        let config_bytes = match config_bytes {
+            Some(bytes) => bytes,
+            None => self.store.image_config(&image.manifest)?.unwrap_or_default(),
+        };
+        let name = RefRecord {
+            name: requested.to_string(),
+            manifest: image.manifest,
+            chain: resolved.digests(),
+            indexes: resolved.indexes(),
+            pulled: now(),
+            admitted: describe(&admission),
+            signatures: serde_json::to_value(recording).unwrap_or_default(),
+        };
+        self.store.put_image(&image, resolved.raw(), &config_bytes, &name)?;
+        Ok(PulledImage { image, admission, layers: stack.guards, fetched })
+    }
+
+    /// Opens an image of the store as it is: the policy is evaluated on the signatures that were kept, and keys of encrypted layers must be
+    /// releasable to us now as they were then. No registry is asked.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn open(&self, name: &RefRecord) -> Result<PulledImage, PullError> {
+        let location: Location = name.name.parse().map_err(PullError::Reference)?;
+        let (resolved, image) = self.stored(name)?;
+        let (admission, _) = self.admit(&resolved, &location, Some(&recording_of(name)))?;
+        self.plan(&resolved.manifest, &image.config)?;
+        let mut layers: Vec<LayerGuard> = Vec::new();
+        for id in &image.stack {
+            let missing = || StoreError::NoLayer { id: *id, path: self.store.root().into() };
+            layers.push(self.store.layer(id)?.ok_or_else(missing)?);
+        }
+        Ok(PulledImage { image, admission, layers, fetched: 0 })
+    }
+
+    /// Looks at an image without pulling it, and without believing more of it than digests.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn inspect(&self, source: &dyn ImageSource) -> Result<Inspected, PullError> {
+        let resolved = self.resolve(source)?;
+        let (config, _) = self.config(source, &resolved)?;
+        let name = source.location().to_string();
+        Ok(Inspected { name, chain: resolved.digests(), manifest: resolved.raw().bytes().to_vec(), config })
+    }
+
+    /// Evaluates the policy on an image without fetching its layers.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn verify(&self, source: &dyn ImageSource) -> Result<Admission, PullError> {
+        let resolved = self.resolve(source)?;
+        Ok(self.admit(&resolved, source.location(), source.signatures())?.0)
+    }
+
+    /// Evaluates the policy on an image of the store.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn verify_stored(&self, name: &RefRecord) -> Result<Admission, PullError> {
+        let location: Location = name.name.parse().map_err(PullError::Reference)?;
+        let (resolved, _) = self.stored(name)?;
+        Ok(self.admit(&resolved, &location, Some(&recording_of(name)))?.0)
+    }
+
+    fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {
+        let mut raw = source.manifest(None)?;
+        if let Some(digest) = source.location().image_ref().and_then(|reference| reference.digest()) {
+            raw = nacre_core::Untrusted::new(verify_manifest(raw, digest)?.into_inner());
+        }
+        let mut chain = Vec::new();
+        while raw.peek().is_index() {
+            if chain.len() >= INDEX_DEPTH {
+                return Err(PullError::IndexDepth { image: source.location().to_string(), depth: INDEX_DEPTH });
+            }
+            let child = Index::parse(raw.peek())?.choose(&self.options.platform)?.clone();
+            chain.push(raw.peek().clone());
+            raw = match self.stored_manifest(&child.digest)? {
+                Some(stored) => nacre_core::Untrusted::new(stored),
+                None => source.manifest(Some(&child.digest))?,
+            };
+            raw = nacre_core::Untrusted::new(verify_manifest(raw, &child.digest)?.into_inner());
+        }
+        let manifest = Manifest::parse(raw.peek())?;
+        chain.push(raw.peek().clone());
+        Ok(Resolved { chain, manifest })
+    }
+
+    fn stored_manifest(&self, digest: &Digest) -> Result<Option<RawManifest>, PullError> {
+        let Some(image) = self.store.image(digest)? else { return Ok(None) };
+        let Some(bytes) = self.store.image_manifest(digest)? else { return Ok(None) };
+        Ok(Some(RawManifest::new(bytes, Some(&image.media_type))?))
+    }
+
+    fn stored(&self, name: &RefRecord) -> Result<(Resolved, ImageRecord), PullError> {
+        let missing = || StoreError::NoImage { name: name.name.clone(), path: self.store.root().into() };
+        let image = self.store.image(&name.manifest)?.ok_or_else(missing)?;
+        let mut chain = Vec::new();
+        for index in &name.indexes {
+            chain.push(RawManifest::new(index.clone().into_bytes(), None)?);
+        }
+        chain.push(self.stored_manifest(&name.manifest)?.ok_or_else(missing)?);
+        let manifest = Manifest::parse(chain.last().ok_or_else(missing)?)?;
+        Ok((Resolved { chain, manifest }, image))
+    }
+
+    /// The signatures that were kept may already do, which spares a pull of a stored image all requests but one; where they do not, the
+    /// source may have got better ones.
+    fn admit_from(
+        &self,
+        resolved: &Resolved,
+        requested: &Location,
+        storage: Option<&dyn SignatureStorage>,
+    ) -> Result<(Admission, Recording), PullError> {
+        if let Some(name) = self.store.name(requested)?.filter(|name| name.chain == resolved.digests())
+            && let Ok((admission, recording)) = self.admit(resolved, requested, Some(&recording_of(&name)))
+        {
+            return Ok((admission, recording));
+        }
+        self.admit(resolved, requested, storage)
+    }
+
+    fn admit(
+        &self,
+        resolved: &Resolved,
+        requested: &Location,
+        storage: Option<&dyn SignatureStorage>,
+    ) -> Result<(Admission, Recording), PullError> {
+        let recorder = storage.map(Recorder::new);
+        let chain: Vec<&RawManifest> = resolved.chain.iter().collect();
+        let context = TrustContext {
+            policy: &self.trust.policy,
+            requested,
+            chain: &chain,
+            storage: recorder.as_ref().map(|recorder| -> &dyn SignatureStorage { recorder }),
+            lookaside: &self.trust.lookaside,
+            keys: &*self.trust.keys,
+            clock: &*self.trust.clock,
+        };
+        let admission = self.trust.rules.admit(context.evaluate()?)?;
+        Ok((admission, recorder.map(Recorder::finish).unwrap_or_default()))
+    }
+
+    fn config(&self, source: &dyn ImageSource, resolved: &Resolved) -> Result<(ImageConfig, Vec<u8>), PullError> {
+        let descriptor = &resolved.manifest.config;
+        let bytes = fetch::small_blob(source, descriptor)?;
+        let config = ImageConfig::verify(nacre_core::Untrusted::new(bytes.clone()), &resolved.manifest)?;
+        Ok((config.into_inner(), bytes))
+    }
+
+    /// What is to be done for each layer. Keys are unwrapped here, before anything is fetched, also for layers that are in the store: who
+    /// may not have the key may not have the layer.
+    fn plan(&self, manifest: &Manifest, config: &ImageConfig) -> Result<Vec<fetch::Plan>, PullError> {
+        let diff_ids = &config.rootfs.diff_ids;
+        let pairs = manifest.layers.iter().zip(diff_ids).enumerate();
+        pairs
+            .map(|(index, (descriptor, diff_id))| {
+                let key = match crypt::is_encrypted(descriptor) {
+                    true => {
+                        let wrong = |source| PullError::Key { index, digest: descriptor.digest, source };
+                        let public = PublicOptions::of(descriptor).map_err(wrong)?;
+                        Some((self.keyring.unwrap(descriptor).map_err(wrong)?, public))
+                    }
+                    false => None,
+                };
+                Ok(fetch::Plan::new(index, descriptor, *diff_id, key))
+            })
+            .collect()
+    }
+}
+
+/// Refuses, before anything is fetched, what could not be mounted.
+fn check_count(config: &ImageConfig) -> Result<(), PullError> {
+    let mut different = config.rootfs.diff_ids.clone();
+    different.sort_unstable();
+    different.dedup();
+    let (layers, limit) = (different.len(), nacre_sys::overlay::MAX_LAYERS);
+    if layers > limit { Err(PullError::TooManyLayers { layers, limit }) } else { Ok(()) }
+}
+
+fn recording_of(name: &RefRecord) -> Recording {
+    serde_json::from_value(name.signatures.clone()).unwrap_or_default()
+}
+
+/// The guards in the order of an overlay, the bottom first. Of equal layers only the topmost is stacked, which alone has an effect:
+/// whatever a lower copy adds or hides, the same layer above it adds or hides again. (overlayfs refuses a directory twice.)
+fn in_order(layers: &[StoredLayer], guards: Vec<LayerGuard>) -> Vec<LayerGuard> {
+    let mut guards: Vec<Option<LayerGuard>> = guards.into_iter().map(Some).collect();
+    let mut ordered: Vec<LayerGuard> = Vec::new();
+    for layer in layers.iter().rev() {
+        let id = LayerId::Content(layer.diff_id);
+        let slot = guards.iter_mut().find(|slot| slot.as_ref().is_some_and(|guard| *guard.id() == id));
+        ordered.extend(slot.and_then(Option::take));
+    }
+    ordered.reverse();
+    ordered
+}
+
+fn describe(admission: &Admission) -> String {
+    let signers: Vec<&str> = admission.admitted().signers().iter().map(|signer| signer.who.as_str()).collect();
+    let by = if signers.is_empty() { "nobody".to_owned() } else { signers.join(", ") };
+    format!(
+        "{}; signed by {by}; rule {} of {}",
+        admission.kind(),
+        admission.admitted().rule(),
+        admission.admitted().policy()
+    )
+}
+
+fn now() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
+}
