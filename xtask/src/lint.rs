@@ -89,7 +89,27 @@ fn rules() -> Result<()> {
             _ => markdown(&path, &text, &mut problems),
         }
     }
+    tests_of_threats(&mut problems)?;
     if problems.is_empty() { Ok(()) } else { bail!("\n  {}", problems.join("\n  ")) }
+}
+
+/// Every test that SECURITY.md names exists: as a function, or as an entry of a list of tests.
+fn tests_of_threats(problems: &mut Vec<String>) -> Result<()> {
+    let mut source = String::new();
+    for path in files()?.iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs")) {
+        source.push_str(&fs::read_to_string(root().join(path))?);
+    }
+    let text = fs::read_to_string(root().join("SECURITY.md")).context("SECURITY.md")?;
+    for (number, row) in (1..).zip(text.lines()).filter(|(_, row)| row.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        let [_, _, tests] = cells.as_slice() else { continue };
+        for name in tests.split('`').skip(1).step_by(2) {
+            if !source.contains(&format!("fn {name}(")) && !source.contains(&format!("\"{name}\"")) {
+                problems.push(format!("SECURITY.md:{number}: there is no test {name}"));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn rust(path: &Path, text: &str, problems: &mut Vec<String>) {

@@ -1,15 +1,17 @@
 //! The HTTP face of the broker: routes, bodies, cookies, errors. What a call means is [`Broker`]'s.
 //!
-//!     POST /kbs/v0/auth, /attest                       guests
-//!     GET  /kbs/v0/resource/{repository}/{type}/{tag}  guests: cookie, or Bearer token
-//!     POST, DELETE the same                            admin
-//!     GET  /kbs/v0/resources                           admin: the paths
-//!     POST /kbs/v0/attestation-policy                  admin {type, policy_id, policy}
-//!     POST, GET /kbs/v0/resource-policy[?scope=…]      admin {policy}
-//!     POST /kbs/v0/reference-value, GET …/{id}         admin
-//!     POST /kbs/v0/sim-platform                        admin: a PEM public key
-//!     GET  /kbs/v0/audit?after=N                       admin
-//!     GET  /healthz
+//! ```text
+//! POST /kbs/v0/auth, /attest                       guests
+//! GET  /kbs/v0/resource/{repository}/{type}/{tag}  guests: cookie, or Bearer token
+//! POST, DELETE the same                            admin
+//! GET  /kbs/v0/resources                           admin: the paths
+//! POST /kbs/v0/attestation-policy                  admin {type, policy_id, policy}
+//! POST, GET /kbs/v0/resource-policy[?scope=…]      admin {policy}
+//! POST /kbs/v0/reference-value, GET …/{id}         admin
+//! POST /kbs/v0/sim-platform                        admin: a PEM public key
+//! GET  /kbs/v0/audit?after=N                       admin
+//! GET  /healthz
+//! ```
 //!
 //! Every call is synchronous underneath and runs on a blocking thread; how many do at once is bounded.
 

@@ -1,7 +1,9 @@
 //! From evidence to a token: `/auth` and `/attest`.
 //!
-//!     nonce spent ─▶ message ─▶ nonce equal ─▶ TEE key sound ─▶ init data sound ─▶ evidence verified (bound to nonce, TEE key and
-//!     init data) ─▶ appraisal policy ─▶ EAR token
+//! ```text
+//! nonce spent ─▶ message ─▶ nonce equal ─▶ TEE key sound ─▶ init data sound ─▶ evidence verified (bound to nonce, TEE key and
+//! init data) ─▶ appraisal policy ─▶ EAR token
+//! ```
 
 use std::sync::Arc;
 

@@ -1,11 +1,13 @@
 //! The broker's directory.
 //!
-//!     broker.toml    settings
-//!     broker.redb    the database
-//!     master.key     32 bytes that seal the resources          0600
-//!     token.key      EC P-256, signs attestation tokens        0600      token.pub   its public key
-//!     tls.key        EC P-256                                  0600      tls.crt     its self-signed certificate: what guests pin
-//!     admin.key      EC P-256, the administrator's: move it away  0600   admin.pub   what the broker knows of it
+//! ```text
+//! broker.toml    settings
+//! broker.redb    the database
+//! master.key     32 bytes that seal the resources          0600
+//! token.key      EC P-256, signs attestation tokens        0600      token.pub   its public key
+//! tls.key        EC P-256                                  0600      tls.crt     its self-signed certificate: what guests pin
+//! admin.key      EC P-256, the administrator's: move it away  0600   admin.pub   what the broker knows of it
+//! ```
 //!
 //! `broker.toml` comes last, when everything else is on disk, so that a directory with one is complete.
 

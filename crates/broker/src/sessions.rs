@@ -1,6 +1,8 @@
 //! Sessions: a nonce each, that works once, whatever becomes of the attempt.
 //!
-//!     auth ─▶ Challenged{nonce} ──attest begins──▶ Spent ──evidence held──▶ Attested{token}
+//! ```text
+//! auth ─▶ Challenged{nonce} ──attest begins──▶ Spent ──evidence held──▶ Attested{token}
+//! ```
 //!
 //! They live in memory: a restart ends them, and guests attest again. Their number is bounded; the oldest goes first.
 

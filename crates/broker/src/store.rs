@@ -1,13 +1,15 @@
 //! The broker's database (redb): everything but keys and settings.
 //!
-//!     table        key                      value
-//!     meta         "format"                 "nacre-broker-1"
-//!     resources    repository/type/tag      nonce ‖ AES-256-GCM(master key, resource) ‖ tag, AAD = "nacre-broker resource " ‖ key
-//!     policies     attestation/<id>         Rego
-//!                  resource[/<scope>]       Rego; the scope is a repository, repository/type or a whole path
-//!     references   id                       JSON {"values":[…],"expires":seconds since 1970}
-//!     platforms    tee/thumbprint           PEM public key
-//!     audit        number, from 1           JSON [`AuditEntry`]; `previous` chains the entries by SHA-256
+//! ```text
+//! table        key                      value
+//! meta         "format"                 "nacre-broker-1"
+//! resources    repository/type/tag      nonce ‖ AES-256-GCM(master key, resource) ‖ tag, AAD = "nacre-broker resource " ‖ key
+//! policies     attestation/<id>         Rego
+//!              resource[/<scope>]       Rego; the scope is a repository, repository/type or a whole path
+//! references   id                       JSON {"values":[…],"expires":seconds since 1970}
+//! platforms    tee/thumbprint           PEM public key
+//! audit        number, from 1           JSON [`AuditEntry`]; `previous` chains the entries by SHA-256
+//! ```
 //!
 //! Every change is one transaction, on disk when the call returns, with its audit entry in it. Sealed values cannot be moved to
 //! another path. Random nonces: 2^32 resources under one master key.

@@ -10,6 +10,7 @@
 mod attestation;
 mod encryption;
 mod images;
+mod layers;
 mod names;
 mod registries;
 mod signatures;
@@ -48,6 +49,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "url", run: registries::url, seeds: registries::urls },
     Target { name: "broker", run: attestation::broker, seeds: attestation::brokers },
     Target { name: "init_data", run: attestation::init_data, seeds: attestation::init_datas },
+    Target { name: "tar", run: layers::tar, seeds: layers::tars },
+    Target { name: "apply", run: layers::apply, seeds: layers::tars },
+    Target { name: "decompress", run: layers::decompress, seeds: layers::compressed },
+    Target { name: "services", run: layers::services, seeds: layers::requests },
     Target { name: "token", run: attestation::token, seeds: attestation::tokens },
 ];
 

@@ -32,7 +32,11 @@ smoke!(
     token,
     headers,
     encryption,
-    packet
+    packet,
+    tar,
+    apply,
+    decompress,
+    services,
 );
 
 #[test]

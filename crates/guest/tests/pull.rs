@@ -340,3 +340,47 @@ fn docker_archives_layouts_and_directories_are_pulled_too() {
     let pulled = guest.service().pull(&format!("oci:{}:x", layout.display())).unwrap();
     assert_eq!(file(&pulled, 0, "hello"), "hello, world\n");
 }
+
+#[test]
+fn an_encrypted_layer_needs_its_key_although_it_is_stored() {
+    use std::io::Read as _;
+    let Some(mut guest) = Guest::new() else { return };
+    let key = nacre_core::jose::PrivateKey::generate_p256();
+    let path = guest.dir.path().join("key.pem");
+    std::fs::write(&path, key.to_pkcs8_pem().unwrap().as_bytes()).unwrap();
+    let mut recipients = nacre_oci::crypt::Recipients::new();
+    recipients.add_public_key(key.public());
+
+    let layer = Layer::of([Entry::file("secret", "the secret")]);
+    let plain = Compression::Zstd.apply(layer.tar());
+    let descriptor = nacre_oci::manifest::Descriptor::of("application/vnd.oci.image.layer.v1.tar+zstd", &plain);
+    let mut reader = nacre_oci::crypt::encrypt_layer(&descriptor, plain.as_slice(), &recipients).unwrap();
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).unwrap();
+    let digest = Digest::sha256(&bytes);
+    let descriptor = reader.finish(digest, bytes.len() as u64).unwrap();
+    let built = BuiltLayer { media_type: descriptor.media_type, bytes, digest, diff_id: Digest::sha256(layer.tar()) };
+    let builder = Image::builder().stored_layer(built).layer([Entry::file("open", "for all")]);
+    guest.push(&builder.set_manifest("/layers/0/annotations", json!(descriptor.annotations)).build(), "1");
+
+    guest.config.trust.admission.plain_unsigned = true;
+    let error = guest.pull("1").unwrap_err().to_string();
+    assert!(error.contains("unsigned") || error.contains("mix"), "a mix must be signed: {error}");
+    let only = Image::builder().stored_layer(BuiltLayer {
+        media_type: "application/vnd.oci.image.layer.v1.tar+zstd+encrypted".into(),
+        bytes: guest.registry.blob(&digest).unwrap().unwrap(),
+        digest,
+        diff_id: Digest::sha256(layer.tar()),
+    });
+    guest.push(&only.set_manifest("/layers/0/annotations", json!(descriptor.annotations)).build(), "2");
+    guest.assert_refused("2", &["layer 0", "key"]);
+    guest.config.decryption_keys = vec![path.display().to_string()];
+    assert_eq!(file(&guest.pull("2").unwrap(), 0, "secret"), "the secret");
+    // The layer is in the store now; who has not the key may not have it.
+    guest.config.decryption_keys.clear();
+    let error = guest.pull("2").unwrap_err();
+    assert!(matches!(error, ServiceError::Pull(PullError::Key { index: 0, .. })), "{error}");
+    let service = guest.service();
+    let name = service.images().store().names().unwrap().remove(0);
+    assert!(matches!(service.images().open(&name), Err(PullError::Key { .. })));
+}

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use nacre_core::{KeySource, KeySourceError, ResourceUri, SecretBytes, SystemClock, Untrusted, Verified};
+use nacre_core::{KeySource, KeySourceError, ResourceUri, SecretBytes, SystemClock};
 use nacre_oci::{
     copy::{
         self, Copied, CopyOptions, EncryptLayers, ExistingSignatures, Platforms, Recompress, Sign, SigningKey, Source,
     },
     crypt::{Keyring, Recipients},
-    manifest::{Compression, RawManifest},
+    manifest::{Compression, Index, Platform, verify_manifest},
     reference::{ImageRef, Location},
     registry::{Client, CredentialStore, RegistriesConf},
     source::ImageSource,
@@ -46,7 +46,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     let source = open_source(&location(&args.source, &client)?, &client)?;
     let sink = open_sink(&location(&args.destination, &client)?, &client)?;
     let source = match &args.policy {
-        Some(policy) => Source { transport: &*source, manifest: admitted(&*source, policy, &lookaside)? },
+        Some(policy) => admitted(&*source, policy, &lookaside, &platforms(args)?)?,
         None => Source::without_policy(&*source)?,
     };
 
@@ -83,30 +83,37 @@ fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
     Ok(Location::Docker(name.with_default_tag()))
 }
 
-/// The manifest that the policy lets in.
-fn admitted(
-    source: &dyn ImageSource,
+/// What the policy lets in: the image for the platform, or with `--all` the index.
+fn admitted<'a>(
+    source: &'a dyn ImageSource,
     policy: &Path,
     lookaside: &LookasideConfig,
-) -> anyhow::Result<Verified<RawManifest>> {
+    platforms: &Platforms,
+) -> anyhow::Result<Source<'a>> {
     let bytes = std::fs::read(policy).with_context(|| format!("{}: the trust policy", policy.display()))?;
     let policy = Policy::parse(&bytes, &policy.display().to_string())?;
-    let raw = source.manifest(None)?.peek().clone();
+    let mut chain = vec![source.manifest(None)?.peek().clone()];
+    let platform = match platforms {
+        Platforms::All => None,
+        Platforms::One(platform) => Some(platform.clone()),
+        Platforms::Host => Some(Platform::host()),
+    };
+    if let (Some(platform), [index]) = (platform, chain.as_slice())
+        && index.is_index()
+    {
+        let child = Index::parse(index)?.choose(&platform)?.digest;
+        chain.push(verify_manifest(source.manifest(Some(&child))?, &child)?.into_inner());
+    }
     let context = TrustContext {
         policy: &policy,
         requested: source.location(),
-        chain: &[&raw],
+        chain: &chain.iter().collect::<Vec<_>>(),
         storage: source.signatures(),
         lookaside,
         keys: &NoBroker,
         clock: &SystemClock,
     };
-    let admitted = context.evaluate()?;
-    let check = |raw: &RawManifest| match raw.digest() == admitted.manifest() {
-        true => Ok(()),
-        false => Err(anyhow::anyhow!("the policy was evaluated on another manifest")),
-    };
-    Untrusted::new(raw).verify(check)
+    Ok(Source::admitted(source, &context.evaluate()?)?)
 }
 
 struct NoBroker;

@@ -38,9 +38,9 @@ const DEPTH_LIMIT: usize = 3;
 /// then.
 pub struct Source<'a> {
     /// Where blobs and further manifests come from.
-    pub transport: &'a dyn ImageSource,
-    /// What may be copied. Prefer [`Source::admitted`], which fetches just what the policy let in.
-    pub manifest: Verified<RawManifest>,
+    transport: &'a dyn ImageSource,
+    /// What may be copied.
+    manifest: Verified<RawManifest>,
 }
 
 impl<'a> Source<'a> {

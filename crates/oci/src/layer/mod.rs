@@ -1,8 +1,10 @@
 //! One layer, from its blob as it comes from a source to files in a staging directory, as a streamed pipeline:
 //!
-//!     thread 1   read ─▶ size, blob digest ─▶ decrypt (HMAC, digest of the plaintext)
-//!     thread 2   decompress ─▶ diff_id, expansion limit
-//!     caller     tar ─▶ files
+//! ```text
+//! thread 1   read ─▶ size, blob digest ─▶ decrypt (HMAC, digest of the plaintext)
+//! thread 2   decompress ─▶ diff_id, expansion limit
+//! caller     tar ─▶ files
+//! ```
 //!
 //! Between the threads go buffers of fixed number and size, which come back to be filled again, so that memory does not depend on the
 //! layer: some 3 MiB, and a zstd window of at most [`Limits::zstd_window_bytes`](crate::unpack::Limits::zstd_window_bytes).
