@@ -43,12 +43,19 @@ fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
     let service = Setup::new(global, args.json)?.with(&args.trust, &args.keys, &args.registry).service()?;
     let pulled = service.pull(&args.image)?;
     if let Some(bundle) = &args.bundle {
-        service.mount_bundle(&pulled, bundle, &Overrides::default())?;
+        service.mount_bundle(&pulled, bundle, &overrides_of_bundle(&pulled))?;
     }
     if args.json {
         return output::json(&pulled_json(&args.image, &pulled, args.bundle.as_deref()));
     }
     Ok(output::line(pulled.image.manifest)?)
+}
+
+/// A bundle without a command is still wanted for its files; as of other unpackers, it then has a shell to run.
+fn overrides_of_bundle(pulled: &PulledImage) -> Overrides {
+    let process = &pulled.image.config.config;
+    let none = process.entrypoint.is_empty() && process.cmd.is_empty();
+    Overrides { args: none.then(|| vec!["sh".to_owned()]), ..Overrides::default() }
 }
 
 fn pulled_json(name: &str, pulled: &PulledImage, bundle: Option<&Path>) -> Value {
