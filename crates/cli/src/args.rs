@@ -55,6 +55,9 @@ pub(crate) enum Command {
     /// Attestation of this machine
     #[command(subcommand)]
     Attest(Box<AttestCommand>),
+    /// Ask this guest's daemon, nacre-guestd
+    #[command(subcommand)]
+    Guest(GuestCommand),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -126,8 +129,9 @@ pub(crate) struct RegistryArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Trust")]
 pub(crate) struct TrustArgs {
-    /// The trust policy, a file or kbs:// resource [default: the user's containers/policy.json, then /etc/containers/policy.json]
-    #[arg(long, env = "NACRE_POLICY", value_name = "POLICY")]
+    /// The trust policy: a file, a kbs:// resource, or init-data:NAME [default: $NACRE_POLICY, the configuration's, the user's
+    /// containers/policy.json, /etc/containers/policy.json]
+    #[arg(long, value_name = "POLICY")]
     pub(crate) policy: Option<String>,
     /// Use no trust policy at all
     #[arg(long, conflicts_with = "policy")]
@@ -147,20 +151,20 @@ pub(crate) struct KeyArgs {
     /// A key to decrypt layers with, as skopeo spells it: FILE[:pass=…|:file=…|:fd=…], provider:NAME[:…], pkcs11:…; may be repeated
     #[arg(long, value_name = "KEY")]
     pub(crate) decryption_key: Vec<String>,
-    /// The key broker, to which this guest attests for kbs:// resources
+    /// The key broker, to which this guest attests for kbs:// resources [default: the configuration's]
     #[arg(long, env = "NACRE_BROKER", value_name = "URL")]
     pub(crate) broker: Option<String>,
     /// The broker's TLS certificate, pinned
-    #[arg(long, value_name = "FILE", requires = "broker")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) broker_cert: Option<PathBuf>,
     /// The public key that signs the broker's tokens
-    #[arg(long, value_name = "FILE", requires = "broker")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) broker_token_key: Option<PathBuf>,
     /// The platform key of the simulated TEE, for guests without a real one
-    #[arg(long, value_name = "FILE", requires = "broker")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) sim_platform_key: Option<PathBuf>,
     /// The guest's init data, which the evidence binds
-    #[arg(long, value_name = "FILE", requires = "broker")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) init_data: Option<PathBuf>,
 }
 
@@ -482,6 +486,42 @@ pub(crate) enum ReferenceCommand {
         name: String,
         #[command(flatten)]
         at: BrokerAt,
+    },
+}
+
+/// Where the guest's daemon serves.
+#[derive(Debug, Args)]
+pub(crate) struct GuestAt {
+    /// The daemon's socket
+    #[arg(
+        long,
+        env = "NACRE_GUEST_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/confidential-containers/cdh.sock"
+    )]
+    pub(crate) socket: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GuestCommand {
+    /// Have an image pulled; prints its manifest's digest
+    Pull {
+        /// The image, as for `image pull`
+        #[arg(value_name = "REF")]
+        image: String,
+        /// Have a bundle made there too
+        #[arg(long, value_name = "DIR")]
+        bundle: Option<PathBuf>,
+        #[command(flatten)]
+        at: GuestAt,
+    },
+    /// Have a broker's resource released, and write it to standard output
+    Resource {
+        /// kbs:///repository/type/tag
+        #[arg(value_name = "URI")]
+        uri: String,
+        #[command(flatten)]
+        at: GuestAt,
     },
 }
 

@@ -2,7 +2,7 @@
 
 use nacre_attest::client::ClientError;
 use nacre_core::KeySourceError;
-use nacre_guest::{images::PullError, service::ServiceError, store::StoreError};
+use nacre_guest::{images::PullError, service::ServiceError, services::CallError, store::StoreError};
 use nacre_oci::{
     crypt::CryptError, layer::LayerError, manifest::ManifestError, source::TransportError, trust::TrustError,
 };
@@ -60,6 +60,9 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             KeySourceError::Denied { .. } => Exit::NotTrusted,
             KeySourceError::Failed { .. } => Exit::Io,
         });
+    }
+    if let Some(CallError::Unreachable { .. }) = error.downcast_ref::<CallError>() {
+        return Some(Exit::Io);
     }
     if let Some(ClientError::Network { .. }) = error.downcast_ref::<ClientError>() {
         return Some(Exit::Io);

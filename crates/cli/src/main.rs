@@ -10,7 +10,7 @@ mod setup;
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 
 use args::{Cli, Command};
 
@@ -43,6 +43,7 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
         Command::Image(command) => commands::image::image(global, command)?,
         Command::Broker(command) => commands::broker::broker(command)?,
         Command::Attest(command) => commands::attest::attest(global, command)?,
+        Command::Guest(command) => commands::guest::guest(command)?,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "nacre", &mut std::io::stdout());
         }
@@ -54,7 +55,8 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
 fn start_log(global: &args::Global) {
     let usual = if global.quiet { "error" } else { "warn" };
     let filter = global.log.as_deref().unwrap_or(usual);
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|_| usual.into());
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .unwrap_or_else(|error| Cli::command().error(ErrorKind::ValueValidation, format!("--log: {error}")).exit());
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -63,13 +63,13 @@ impl Setup {
     }
 
     /// Adds what the flags say.
-    pub(crate) fn with(mut self, trust: &TrustArgs, keys: &KeyArgs, registry: &RegistryArgs) -> Self {
+    pub(crate) fn with(mut self, trust: &TrustArgs, keys: &KeyArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
         self.add_trust(trust);
-        self.add_keys(keys);
+        self.add_keys(keys)?;
         self.add_registry(registry);
         // A machine with an attested broker is a guest, whose clock is its host's. Any other is somebody's own.
         self.config.trust.system_clock |= self.config.broker.is_none();
-        self
+        Ok(self)
     }
 
     /// The guest.
@@ -79,8 +79,10 @@ impl Setup {
 
     fn add_trust(&mut self, args: &TrustArgs) {
         let trust = &mut self.config.trust;
-        if args.policy.is_some() {
-            trust.policy.clone_from(&args.policy);
+        // Not a variable of clap's: it must not contradict the flag that asks for no policy.
+        let variable = || std::env::var("NACRE_POLICY").ok().filter(|policy| !policy.is_empty());
+        if let Some(policy) = args.policy.clone().or_else(variable) {
+            trust.policy = Some(policy);
             trust.insecure_policy = false;
         }
         if args.insecure_policy {
@@ -99,25 +101,29 @@ impl Setup {
         }
     }
 
-    pub(crate) fn add_keys(&mut self, args: &KeyArgs) {
+    pub(crate) fn add_keys(&mut self, args: &KeyArgs) -> anyhow::Result<()> {
         self.config.decryption_keys.extend(args.decryption_key.iter().cloned());
-        let Some(url) = &args.broker else { return };
         let text = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let (certificate, token_key) = (text(&args.broker_cert), text(&args.broker_token_key));
+        let (platform_key, init_data) = (args.sim_platform_key.clone(), args.init_data.clone());
         let old = self.config.broker.take();
-        let old = old.unwrap_or_else(|| BrokerConfig {
-            url: String::new(),
-            certificate: None,
-            token_key: None,
-            sim_platform_key: None,
-            init_data: None,
-        });
+        let Some(url) = args.broker.clone().or_else(|| old.as_ref().map(|old| old.url.clone())) else {
+            anyhow::ensure!(
+                certificate.is_none() && token_key.is_none() && platform_key.is_none() && init_data.is_none(),
+                "--broker-cert, --broker-token-key, --sim-platform-key and --init-data are about a broker: name it (--broker URL)"
+            );
+            return Ok(());
+        };
+        // The pins of one broker are not those of another.
+        let same = old.as_ref().filter(|old| old.url == url);
         self.config.broker = Some(BrokerConfig {
-            url: url.clone(),
-            certificate: text(&args.broker_cert).or(old.certificate),
-            token_key: text(&args.broker_token_key).or(old.token_key),
-            sim_platform_key: args.sim_platform_key.clone().or(old.sim_platform_key),
-            init_data: args.init_data.clone().or(old.init_data),
+            certificate: certificate.or_else(|| same?.certificate.clone()),
+            token_key: token_key.or_else(|| same?.token_key.clone()),
+            url,
+            sim_platform_key: platform_key.or_else(|| old.as_ref()?.sim_platform_key.clone()),
+            init_data: init_data.or_else(|| old.as_ref()?.init_data.clone()),
         });
+        Ok(())
     }
 
     pub(crate) fn add_registry(&mut self, args: &RegistryArgs) {

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{CommandFactory as _, Parser, error::ErrorKind};
 use nacre_core::NoProgress;
 use nacre_guest::{
     config::Config,
@@ -46,7 +46,8 @@ struct Args {
 fn main() -> ExitCode {
     nacre_sys::stage::enter();
     let args = Args::parse();
-    let filter = tracing_subscriber::EnvFilter::try_new(&args.log).unwrap_or_else(|_| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
+        .unwrap_or_else(|error| Args::command().error(ErrorKind::ValueValidation, format!("--log: {error}")).exit());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     match serve(&args) {
         Ok(()) => ExitCode::SUCCESS,

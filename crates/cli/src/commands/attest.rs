@@ -25,7 +25,7 @@ pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result
         }
         AttestCommand::Token { keys } => {
             let mut setup = Setup::new(global, false)?;
-            setup.add_keys(keys);
+            setup.add_keys(keys)?;
             let broker = setup.config.broker.as_ref().context("name the broker: --broker URL")?;
             Ok(output::line(nacre_guest::service::connect(broker)?.attest()?.token())?)
         }

@@ -38,7 +38,8 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         CredentialStore::system(config.registries.credentials.as_deref().map(Path::new))?,
         setup.progress.clone(),
     )?;
-    let registries_d = args.registries_d.clone().or_else(crate::setup::registries_d);
+    let configured = || config.trust.registries_d.clone().or_else(crate::setup::registries_d);
+    let registries_d = args.registries_d.clone().or_else(configured);
     let lookaside = match &registries_d {
         Some(dir) => LookasideConfig::load_dir(dir)?,
         None => LookasideConfig::default(),
@@ -46,7 +47,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     let source = open_source(&location(&args.source, &client)?, &client)?;
     let sink = open_sink(&location(&args.destination, &client)?, &client)?;
     let source = match &args.policy {
-        Some(policy) => admitted(&*source, policy, &lookaside, &platforms(args)?)?,
+        Some(policy) => admitted(&*source, policy, &lookaside, &platforms(args, config.image.platform.as_deref())?)?,
         None => Source::without_policy(&*source)?,
     };
 
@@ -59,7 +60,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     let keys = signing_keys(args)?;
     let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
     let options = CopyOptions {
-        platforms: platforms(args)?,
+        platforms: platforms(args, config.image.platform.as_deref())?,
         compression: args.compression.as_deref().map(recompress).transpose()?,
         decrypt: (!args.decryption_key.is_empty()).then_some(&keyring),
         encrypt: (!args.encrypt.is_empty()).then_some((&recipients, &layers)),
@@ -125,12 +126,13 @@ impl KeySource for NoBroker {
     }
 }
 
-fn platforms(args: &CopyArgs) -> anyhow::Result<Platforms> {
-    Ok(match (&args.registry.platform, args.all) {
-        (Some(_), true) => anyhow::bail!("--all and --platform are both given; choose one"),
-        (Some(platform), false) => Platforms::One(platform.parse()?),
-        (None, true) => Platforms::All,
-        (None, false) => Platforms::Host,
+/// `configured` is the platform of `--platform`, or else of the configuration.
+fn platforms(args: &CopyArgs, configured: Option<&str>) -> anyhow::Result<Platforms> {
+    anyhow::ensure!(!args.all || args.registry.platform.is_none(), "--all and --platform are both given; choose one");
+    Ok(match configured {
+        _ if args.all => Platforms::All,
+        Some(platform) => Platforms::One(platform.parse()?),
+        None => Platforms::Host,
     })
 }
 

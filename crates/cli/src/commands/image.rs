@@ -40,7 +40,7 @@ fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
         anyhow::bail!("--bundle needs root: a user's mounts end with the command that made them; use `nacre run`");
     }
     setup::privileged()?;
-    let service = Setup::new(global, args.json)?.with(&args.trust, &args.keys, &args.registry).service()?;
+    let service = Setup::new(global, args.json)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
     let pulled = service.pull(&args.image)?;
     if let Some(bundle) = &args.bundle {
         service.mount_bundle(&pulled, bundle, &overrides_of_bundle(&pulled))?;
@@ -137,7 +137,7 @@ fn stored(service: &ImageService, args: &InspectArgs) -> anyhow::Result<Option<R
 
 fn inspect(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
     setup::privileged()?;
-    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry).service()?;
+    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
     let (name, manifest, config) = match stored(&service, args)? {
         Some(name) => {
             let store = service.images().store();
@@ -193,7 +193,7 @@ fn show_inspected(all: &Value) -> std::io::Result<()> {
 
 fn verify(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
     setup::privileged()?;
-    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry).service()?;
+    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
     let (place, admission) = match stored(&service, args)? {
         Some(name) => ("in the store", service.images().verify_stored(&name)?),
         None => ("at its source", service.with_source(&args.image, |source| service.images().verify(source))?),

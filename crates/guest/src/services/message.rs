@@ -44,9 +44,15 @@ impl Message {
 
 /// Encodes a message of one string or bytes field, number 1.
 pub(super) fn encode(field: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(field.len() + 8);
+    encode_all(&[field])
+}
+
+/// Encodes a message of string or bytes fields, numbered from 1.
+pub(super) fn encode_all(fields: &[&[u8]]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(fields.iter().map(|field| field.len() + 8).sum());
     let mut stream = CodedOutputStream::vec(&mut out);
-    let written = stream.write_bytes(1, field).and_then(|()| stream.flush());
+    let written = (1..).zip(fields).try_for_each(|(number, field)| stream.write_bytes(number, field));
+    let written = written.and_then(|()| stream.flush());
     drop(stream);
     debug_assert!(written.is_ok(), "writing to a vector does not fail");
     out

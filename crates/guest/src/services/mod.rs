@@ -8,6 +8,7 @@
 //!
 //! Whoever may open the socket is trusted with what it answers: it lies in a directory of root's, mode 0700.
 
+mod client;
 mod message;
 
 use std::{
@@ -20,6 +21,7 @@ use std::{
 use nacre_core::SecretBytes;
 use ttrpc::{Code, MethodHandler, Request, Response, TtrpcContext};
 
+pub use client::{CallError, ServicesClient};
 use message::Message;
 
 #[doc(hidden)]
@@ -124,6 +126,10 @@ fn prepare(socket: &Path) -> Result<(), ServiceError> {
     }
 }
 
+const PULL_IMAGE: (&str, &str) = ("api.ImagePullService", "PullImage");
+const GET_RESOURCE: (&str, &str) = ("api.GetResourceService", "GetResource");
+const UNWRAP_KEY: (&str, &str) = ("keyprovider.KeyProviderService", "UnWrapKey");
+
 type Action = fn(&dyn Guest, &Message) -> Result<SecretBytes, String>;
 
 struct Method {
@@ -150,17 +156,17 @@ impl MethodHandler for Method {
 }
 
 fn methods(guest: &Arc<dyn Guest>) -> HashMap<String, Box<dyn MethodHandler + Send + Sync>> {
-    let table: [(&str, Action); 3] = [
-        ("/api.ImagePullService/PullImage", |guest, message| {
+    let table: [((&str, &str), Action); 3] = [
+        (PULL_IMAGE, |guest, message| {
             let digest = guest.pull_image(message.string(1)?, Path::new(message.string(2)?))?;
             Ok(SecretBytes::new(digest.into_bytes()))
         }),
-        ("/api.GetResourceService/GetResource", |guest, message| guest.resource(message.string(1)?)),
-        ("/keyprovider.KeyProviderService/UnWrapKey", |guest, message| unwrap_key(guest, message.bytes(1))),
+        (GET_RESOURCE, |guest, message| guest.resource(message.string(1)?)),
+        (UNWRAP_KEY, |guest, message| unwrap_key(guest, message.bytes(1))),
     ];
-    let method = |(name, action): (&str, Action)| {
+    let method = |((service, name), action): ((&str, &str), Action)| {
         let method: Box<dyn MethodHandler + Send + Sync> = Box::new(Method { guest: guest.clone(), action });
-        (name.to_owned(), method)
+        (format!("/{service}/{name}"), method)
     };
     table.into_iter().map(method).collect()
 }
@@ -252,6 +258,21 @@ mod tests {
             }
             drop(services);
         }
+    }
+
+    #[test]
+    fn our_own_client_is_one_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("cdh.sock");
+        let error = ServicesClient::connect(&socket).err().unwrap().to_string();
+        assert!(error.contains("cdh.sock"), "{error}");
+        let _services = Services::start(&socket, Arc::new(Fake)).unwrap();
+        let client = ServicesClient::connect(&socket).unwrap();
+        assert_eq!(client.pull_image("image", Some(Path::new("/b"))).unwrap(), "image at /b");
+        assert_eq!(client.pull_image("image", None).unwrap(), "image at ");
+        let error = client.pull_image("bad", None).unwrap_err().to_string();
+        assert!(error.contains("signature: no"), "{error}");
+        assert_eq!(client.resource("kbs:///a/b/c").unwrap().expose(), b"kbs:///a/b/c");
     }
 
     #[test]

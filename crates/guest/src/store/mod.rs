@@ -8,9 +8,10 @@
 //!   images/<digest>/manifest.json  the manifest, byte for byte; config.json likewise; image.json the layers
 //!   refs/<hash of name>.json       a name that was pulled: what it resolved to, and the signatures found then
 //!   bundles/<id>/                  a mounted bundle: bundle.json, and its writable layer (upper, work)
-//!   staging/<random>/              work in progress of a live process
+//!   staging/<name>/                a layer that is being made or removed
 //!   locks/<name>                   flock(2) targets; empty
 //! ```
+//! Every field of every record is in docs/formats/store.md.
 //!
 //! Invariants:
 //! - A layer's directory appears by one rename, after every check of it held and its data was synced; its name is its diff_id,
