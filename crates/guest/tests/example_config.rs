@@ -1,5 +1,4 @@
 //! docs/guide/nacre.toml is a configuration, it says what the defaults are, and it leaves no key out.
-#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
 use nacre_guest::config::Config;
 

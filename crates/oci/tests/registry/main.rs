@@ -4,6 +4,7 @@
 mod auth;
 mod config;
 mod downloads;
+mod environment;
 mod memory;
 mod peers;
 mod proxies;
@@ -11,4 +12,5 @@ mod redirects;
 mod script;
 mod signatures;
 mod support;
+mod tls;
 mod uploads;
