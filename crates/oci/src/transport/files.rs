@@ -201,7 +201,11 @@ impl Dir {
         self.remove_stale(prefix)?;
         loop {
             let name = temp_name(prefix)?;
-            let dir = self.make_subdir(&name)?;
+            let dir = match self.make_subdir(&name) {
+                // Another writer has removed it before it was opened.
+                Err(error) if error.is_not_found() => continue,
+                made => made?,
+            };
             if self.claim(&dir.fd, &name)? {
                 return Ok((name, dir));
             }
