@@ -144,13 +144,21 @@ pub(crate) struct TrustArgs {
     pub(crate) registries_d: Option<PathBuf>,
 }
 
-/// Where keys come from.
+/// Where the keys of encrypted layers come from.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Keys")]
 pub(crate) struct KeyArgs {
     /// A key to decrypt layers with, as skopeo spells it: FILE[:pass=…|:file=…|:fd=…], provider:NAME[:…], pkcs11:…; may be repeated
     #[arg(long, value_name = "KEY")]
     pub(crate) decryption_key: Vec<String>,
+    #[command(flatten)]
+    pub(crate) broker: BrokerArgs,
+}
+
+/// The key broker of a guest, and what the guest shows to it.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Keys")]
+pub(crate) struct BrokerArgs {
     /// The key broker, to which this guest attests for kbs:// resources [default: the configuration's]
     #[arg(long, env = "NACRE_BROKER", value_name = "URL")]
     pub(crate) broker: Option<String>,
@@ -236,7 +244,7 @@ pub(crate) enum ImageCommand {
     /// Show an image of the store, or of a transport, without pulling it
     Inspect(InspectArgs),
     /// Check an image against the policy, without unpacking it; say who vouches for it
-    Verify(InspectArgs),
+    Verify(VerifyArgs),
     /// Remove an image from the store
     Rm {
         /// Names, or digests of at least six digits
@@ -268,11 +276,17 @@ pub(crate) struct InspectArgs {
     #[arg(long)]
     pub(crate) remote: bool,
     #[command(flatten)]
-    pub(crate) trust: TrustArgs,
-    #[command(flatten)]
-    pub(crate) keys: KeyArgs,
+    pub(crate) broker: BrokerArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    pub(crate) image: InspectArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
 }
 
 #[derive(Debug, Args)]
@@ -542,7 +556,7 @@ pub(crate) enum AttestCommand {
     /// Attest to a broker and print its token
     Token {
         #[command(flatten)]
-        keys: KeyArgs,
+        broker: BrokerArgs,
     },
     /// Make a platform key for simulated TEEs; prints the public key, which brokers are told to trust
     SimKey {

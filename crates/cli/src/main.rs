@@ -10,6 +10,7 @@ mod setup;
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _, error::ErrorKind};
 
 use args::{Cli, Command};
@@ -47,7 +48,9 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "nacre", &mut std::io::stdout());
         }
-        Command::Man { dir } => clap_mangen::generate_to(Cli::command(), dir)?,
+        Command::Man { dir } => std::fs::create_dir_all(dir)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+            .with_context(|| format!("{}: write manual pages", dir.display()))?,
     }
     Ok(0)
 }

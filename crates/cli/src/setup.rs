@@ -8,14 +8,14 @@ use std::{
 use anyhow::Context as _;
 use nacre_core::Progress;
 use nacre_guest::{
-    config::{BrokerConfig, Config},
+    config::{BrokerConfig, Config, TrustConfig},
     service::ImageService,
     store::{Marks, Store},
 };
 use nacre_sys::privilege::Privilege;
 
 use crate::{
-    args::{Global, KeyArgs, RegistryArgs, TrustArgs},
+    args::{BrokerArgs, Global, KeyArgs, RegistryArgs, TrustArgs},
     progress::{self, Verbosity},
 };
 
@@ -63,9 +63,24 @@ impl Setup {
     }
 
     /// Adds what the flags say.
-    pub(crate) fn with(mut self, trust: &TrustArgs, keys: &KeyArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
+    pub(crate) fn with(
+        mut self,
+        trust: &TrustArgs,
+        broker: &BrokerArgs,
+        registry: &RegistryArgs,
+    ) -> anyhow::Result<Self> {
         self.add_trust(trust);
-        self.add_keys(keys)?;
+        self.with_sources(broker, registry)
+    }
+
+    /// Adds what the flags say, for commands that let no image in and so need no policy.
+    pub(crate) fn to_look(mut self, broker: &BrokerArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
+        self.config.trust = TrustConfig { insecure_policy: true, ..TrustConfig::default() };
+        self.with_sources(broker, registry)
+    }
+
+    fn with_sources(mut self, broker: &BrokerArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
+        self.add_broker(broker)?;
         self.add_registry(registry);
         // A machine with an attested broker is a guest, whose clock is its host's. Any other is somebody's own.
         self.config.trust.system_clock |= self.config.broker.is_none();
@@ -101,8 +116,13 @@ impl Setup {
         }
     }
 
-    pub(crate) fn add_keys(&mut self, args: &KeyArgs) -> anyhow::Result<()> {
+    /// Adds what the flags say of keys.
+    pub(crate) fn with_keys(mut self, args: &KeyArgs) -> Self {
         self.config.decryption_keys.extend(args.decryption_key.iter().cloned());
+        self
+    }
+
+    pub(crate) fn add_broker(&mut self, args: &BrokerArgs) -> anyhow::Result<()> {
         let text = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
         let (certificate, token_key) = (text(&args.broker_cert), text(&args.broker_token_key));
         let (platform_key, init_data) = (args.sim_platform_key.clone(), args.init_data.clone());

@@ -78,13 +78,16 @@ impl Scene {
         let log = fs::File::create(self.dir.path().join("log")).unwrap();
         let programs = Path::new(env!("CARGO_BIN_EXE_nacre")).parent().unwrap();
         let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
-        let status = Command::new("timeout")
-            .args(["300", "bash", "script"])
-            .current_dir(self.dir.path())
+        let mut command = Command::new("timeout");
+        command.args(["300", "bash", "script"]).current_dir(self.dir.path());
+        // Nothing of the settings of whoever runs the tests.
+        let of_users = |name: &str| ["NACRE_", "XDG_", "REGISTRY_", "CONTAINERS_"].iter().any(|p| name.starts_with(p));
+        for (name, _) in std::env::vars().filter(|(name, _)| of_users(name)) {
+            command.env_remove(name);
+        }
+        let status = command
             .env("PATH", path)
             .env("HOME", self.dir.path())
-            .env_remove("XDG_RUNTIME_DIR")
-            .env_remove("XDG_CONFIG_HOME")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

@@ -23,9 +23,9 @@ pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result
             let attester = SimAttester::new(read_platform_key(sim_platform_key)?, init_data)?;
             output::json(&attester.evidence(&bytes_of_hex(report_data)?)?)
         }
-        AttestCommand::Token { keys } => {
+        AttestCommand::Token { broker } => {
             let mut setup = Setup::new(global, false)?;
-            setup.add_keys(keys)?;
+            setup.add_broker(broker)?;
             let broker = setup.config.broker.as_ref().context("name the broker: --broker URL")?;
             Ok(output::line(nacre_guest::service::connect(broker)?.attest()?.token())?)
         }

@@ -16,7 +16,7 @@ use nacre_oci::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Global, ImageCommand, InspectArgs, PullArgs},
+    args::{Global, ImageCommand, InspectArgs, PullArgs, VerifyArgs},
     output,
     progress::size,
     setup::{self, Setup},
@@ -40,7 +40,8 @@ fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
         anyhow::bail!("--bundle needs root: a user's mounts end with the command that made them; use `nacre run`");
     }
     setup::privileged()?;
-    let service = Setup::new(global, args.json)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
+    let setup = Setup::new(global, args.json)?.with_keys(&args.keys);
+    let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
     let pulled = service.pull(&args.image)?;
     if let Some(bundle) = &args.bundle {
         service.mount_bundle(&pulled, bundle, &overrides_of_bundle(&pulled))?;
@@ -137,7 +138,7 @@ fn stored(service: &ImageService, args: &InspectArgs) -> anyhow::Result<Option<R
 
 fn inspect(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
     setup::privileged()?;
-    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
+    let service = Setup::new(global, true)?.to_look(&args.broker, &args.registry)?.service()?;
     let (name, manifest, config) = match stored(&service, args)? {
         Some(name) => {
             let store = service.images().store();
@@ -191,9 +192,9 @@ fn show_inspected(all: &Value) -> std::io::Result<()> {
     Ok(())
 }
 
-fn verify(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
+fn verify(global: &Global, VerifyArgs { image: args, trust }: &VerifyArgs) -> anyhow::Result<()> {
     setup::privileged()?;
-    let service = Setup::new(global, true)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
+    let service = Setup::new(global, true)?.with(trust, &args.broker, &args.registry)?.service()?;
     let (place, admission) = match stored(&service, args)? {
         Some(name) => ("in the store", service.images().verify_stored(&name)?),
         None => ("at its source", service.with_source(&args.image, |source| service.images().verify(source))?),

@@ -14,7 +14,8 @@ use crate::{
 /// Runs an image; gives the exit code of its process.
 pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     setup::privileged()?;
-    let service = Setup::new(global, false)?.with(&args.trust, &args.keys, &args.registry)?.service()?;
+    let setup = Setup::new(global, false)?.with_keys(&args.keys);
+    let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
     let runtime = Runtime::find(args.runtime.as_deref())?;
     let pulled = if args.offline { open(&service, &args.image)? } else { service.pull(&args.image)? };
     let overrides = Overrides {
