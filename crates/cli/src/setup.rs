@@ -74,7 +74,7 @@ impl Setup {
     }
 
     /// Adds what the flags say, for commands that let no image in and so need no policy.
-    pub(crate) fn to_look(mut self, broker: &BrokerArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
+    pub(crate) fn without_policy(mut self, broker: &BrokerArgs, registry: &RegistryArgs) -> anyhow::Result<Self> {
         self.config.trust = TrustConfig { insecure_policy: true, ..TrustConfig::default() };
         self.with_sources(broker, registry)
     }

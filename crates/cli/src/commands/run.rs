@@ -39,7 +39,7 @@ pub(crate) fn run_pulled(
     runtime: &Runtime,
 ) -> anyhow::Result<i32> {
     let store = service.images().store();
-    let dir = tempfile::Builder::new().prefix("run-").tempdir_in(store.root().join("bundles"))?;
+    let dir = store.run_dir()?;
     let bundle = dir.path().join("bundle");
     service.mount_bundle(pulled, &bundle, overrides)?;
     let code = runtime.run(&bundle);

@@ -97,7 +97,10 @@ impl Store {
         let named: Vec<Digest> = self.names()?.into_iter().map(|name| name.manifest).collect();
         let mounted: Vec<Digest> = self.bundles()?.into_iter().map(|bundle| bundle.manifest).collect();
         let dir = self.path(&["images"]);
+        // Records are written under the lock that we hold, so what is not finished never will be.
+        record::remove_unfinished(&self.path(&["refs"]))?;
         for name in record::list(&dir)? {
+            record::remove_unfinished(&dir.join(&name))?;
             if image_name(&name).is_some_and(|digest| !named.contains(&digest) && !mounted.contains(&digest)) {
                 record::remove_tree(&dir.join(name))?;
             }
@@ -234,6 +237,19 @@ mod tests {
             }
         });
         assert_eq!(made.into_inner(), 1);
+    }
+
+    #[test]
+    fn records_that_were_never_finished_are_collected() {
+        let (dir, store) = store();
+        let one = add_image(&store, "one", &[]);
+        let unfinished = [dir.path().join("refs/.new-0123"), store.image_dir(&one.manifest).join(".new-0123")];
+        for path in &unfinished {
+            std::fs::write(path, "{").unwrap();
+        }
+        store.collect().unwrap();
+        assert!(unfinished.iter().all(|path| !path.exists()));
+        assert!(store.image(&one.manifest).unwrap().is_some() && store.names().unwrap() == [one]);
     }
 
     #[test]

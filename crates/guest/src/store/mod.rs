@@ -41,7 +41,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-pub use bundles::BundleRecord;
+pub use bundles::{BundleRecord, RunDir};
 pub use gc::{Collected, Removed};
 pub use images::{ImageRecord, RefRecord, StoredLayer};
 pub use layers::{Acquired, LayerGuard, LayerId, LayerRecord, Staging};
@@ -244,7 +244,8 @@ fn settle_format(root: &Path, marks: Marks) -> Result<(), StoreError> {
                 let name = entry.ok()?.file_name();
                 // What other processes that make the same store right now may have put there, and a new filesystem's own.
                 let ours = ["layers", "images", "refs", "bundles", "staging", "locks", "lost+found", "format"];
-                (!ours.iter().any(|our| name == *our) && !name.to_string_lossy().starts_with(".new-")).then_some(name)
+                (!ours.iter().any(|our| name == *our) && !name.to_string_lossy().starts_with(record::UNFINISHED))
+                    .then_some(name)
             });
             if let Some(name) = foreign {
                 return Err(StoreError::Format {

@@ -13,10 +13,13 @@ use super::{StoreError, io_error};
 /// The most bytes of one record (signatures included).
 const RECORD_LIMIT: u64 = 64 << 20;
 
+/// Begins the names of records that are being written.
+pub(super) const UNFINISHED: &str = ".new-";
+
 /// Writes a file so that, whatever happens, its place holds the old content or the new, durably.
 pub(super) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let parent = path.parent().unwrap_or(Path::new("/"));
-    let fresh = parent.join(format!(".new-{}", random_name()));
+    let fresh = parent.join(format!("{UNFINISHED}{}", random_name()));
     let written = (|| {
         let mut file = File::create_new(&fresh)?;
         file.write_all(content)?;
@@ -82,6 +85,17 @@ pub(super) fn list(dir: &Path) -> Result<Vec<String>, StoreError> {
     }
     names.sort();
     Ok(names)
+}
+
+/// Removes records that killed processes were writing. The caller holds the lock under which they are written in this directory.
+pub(super) fn remove_unfinished(dir: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
+        let entry = entry.map_err(io_error("list", dir))?;
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes the names in a directory durable.
