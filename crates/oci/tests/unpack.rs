@@ -293,6 +293,50 @@ fn trees_are_those_of_umoci() {
             vec!["srv/sub", "srv/sub/deep"],
         ),
         (
+            "removed, and there again without an entry",
+            vec![
+                gzip(vec![
+                    Entry::dir("d").mode(0o700).owner(5, 5),
+                    Entry::dir("d/x").mode(0o711),
+                    Entry::file("d/x/old", "o"),
+                    Entry::dir("u").mode(0o700).owner(5, 5),
+                    Entry::dir("u/x").mode(0o711),
+                    Entry::file("u/x/old", "o"),
+                    Entry::file("f", "f"),
+                    Entry::symlink("k", "d"),
+                    Entry::dir("g/z"),
+                ]),
+                gzip(vec![
+                    Entry::whiteout("d"),
+                    Entry::file("d/x/new", "n"),
+                    Entry::file("u/x/new", "n"),
+                    Entry::whiteout("u"),
+                    Entry::whiteout("f"),
+                    Entry::file("f/in", "i"),
+                    Entry::whiteout("k"),
+                    Entry::file("k/y/in", "i"),
+                    Entry::whiteout("g"),
+                    Entry::whiteout("g/z/a"),
+                ]),
+            ],
+            vec!["d", "d/x", "u", "u/x", "f", "k", "k/y"],
+        ),
+        (
+            "hard links to what a lower layer has, which then changes",
+            vec![
+                gzip(vec![Entry::file("a", "a"), Entry::file("b", "b"), Entry::file("c", "c")]),
+                gzip(vec![
+                    Entry::hard_link("to-a", "a"),
+                    Entry::file("a", "another"),
+                    Entry::hard_link("to-b", "b"),
+                    Entry::hard_link("to-b2", "to-b"),
+                    Entry::whiteout("b"),
+                    Entry::hard_link("to-c", "c"),
+                ]),
+            ],
+            vec![],
+        ),
+        (
             "parents that are links of a lower layer",
             vec![
                 gzip(base()),

@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use super::{
-    AppliedLayer, ForeignLink, UnpackError, WhiteoutMode, attributes,
+    AppliedLayer, ForeignLink, ImpliedDirectory, UnpackError, WhiteoutMode, attributes,
     dirs::{is_opaque, is_whiteout, kind_of, set_opaque},
     names,
 };
@@ -48,11 +48,11 @@ pub fn adjust_layer(
     if !record.needs_adjustment() {
         return Ok(false);
     }
-    let implied = record.implied.iter().map(|dir| (split(&dir.path), dir.whiteouts_only)).collect();
+    let implied = record.implied.iter().map(|dir| (split(&dir.path), dir)).collect();
     let mut adjustment = Adjustment { below, layer, out, mode, implied, times: BTreeMap::new(), wrote: false };
     let mut settled: Vec<Path> = Vec::new();
-    for (path, whiteouts_only) in adjustment.implied.clone() {
-        if !settled.iter().any(|done| path.starts_with(done)) && adjustment.directory(&path, whiteouts_only)? {
+    for (path, directory) in adjustment.implied.clone() {
+        if !settled.iter().any(|done| path.starts_with(done)) && adjustment.directory(&path, directory)? {
             settled.push(path);
         }
     }
@@ -95,7 +95,7 @@ struct Adjustment<'a> {
     layer: BorrowedFd<'a>,
     out: BorrowedFd<'a>,
     mode: WhiteoutMode,
-    implied: BTreeMap<Path, bool>,
+    implied: BTreeMap<Path, &'a ImpliedDirectory>,
     /// Directories of `out`, and the times that they get in the end.
     times: BTreeMap<Path, Timestamps>,
     wrote: bool,
@@ -103,13 +103,14 @@ struct Adjustment<'a> {
 
 impl Adjustment<'_> {
     /// Settles an implied directory; `true` where nothing below it is left to settle.
-    fn directory(&mut self, path: &Path, whiteouts_only: bool) -> Result<bool, UnpackError> {
-        match lookup(self.below, path, false, self.mode).map_err(io("look up", path))? {
+    fn directory(&mut self, path: &Path, directory: &ImpliedDirectory) -> Result<bool, UnpackError> {
+        let below = if directory.hidden { &[] } else { self.below };
+        match lookup(below, path, false, self.mode).map_err(io("look up", path))? {
             (_, Found::Directory(_)) => {
                 self.ensure(path)?;
                 Ok(false)
             }
-            (_, Found::Nothing) if whiteouts_only => {
+            (_, Found::Nothing) if directory.whiteouts_only => {
                 let (name, parent) = self.parent(path)?;
                 fs::fsetxattr(&parent, self.mode.origin(), b"", XattrFlags::empty()).map_err(io("mark", path))?;
                 fs::mknodat(&parent, name, FileType::CharacterDevice, Mode::empty(), 0)
@@ -186,9 +187,22 @@ impl Adjustment<'_> {
         let (mut real, _) =
             lookup(&stack, &target_parents.to_vec(), true, self.mode).map_err(io("look up", &target))?;
         real.push(target_name.clone());
-        let (_, found) = lookup(&stack, &real, false, self.mode).map_err(io("look up", &target))?;
+        // When the tar came to the link, the layer did not have the target. What it says of that name afterwards is another file.
+        let lower: Vec<BorrowedFd<'_>> = [self.out].into_iter().chain(self.below.iter().copied()).collect();
+        let (_, found) = lookup(&lower, &real, false, self.mode).map_err(io("look up", &target))?;
         let Found::Other { directory, .. } = found else { return Err(missing()) };
-        for place in [&real, &path] {
+        let (_, seen) = lookup(&stack, &real, false, self.mode).map_err(io("look up", &target))?;
+        let stays = match &seen {
+            Found::Other { directory: other, .. } => {
+                let id = |at: &OwnedFd| {
+                    let stat = fs::statat(at, target_name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
+                    stat.map(|stat| (stat.st_dev, stat.st_ino)).map_err(io("look at", &target))
+                };
+                id(other)? == id(&directory)?
+            }
+            _ => false,
+        };
+        for place in stays.then_some(&real).into_iter().chain([&path]) {
             let (name, parent) = self.parent(place)?;
             match fs::linkat(&directory, target_name.as_slice(), &parent, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::EXIST) => {}
@@ -224,7 +238,8 @@ impl Adjustment<'_> {
                         (_, Found::Directory(fds)) => fds.into_iter().next(),
                         _ => None,
                     };
-                    let model = if self.implied.contains_key(&here) { theirs.or(ours) } else { ours.or(theirs) };
+                    let lower = self.implied.get(&here).is_some_and(|directory| !directory.hidden);
+                    let model = if lower { theirs.or(ours) } else { ours.or(theirs) };
                     self.make(&here, at.as_fd(), part, model.as_ref().map(AsFd::as_fd))?;
                     fs::openat(&at, part.as_slice(), DIRECTORY, Mode::empty()).map_err(io("open", &here))?
                 }

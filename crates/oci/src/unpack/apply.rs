@@ -1,7 +1,7 @@
 //! The applier: entries of the parser become files.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap},
     os::fd::{AsFd as _, OwnedFd},
 };
 
@@ -51,7 +51,7 @@ impl Applier {
                 creator: Creator::this_process(),
                 record: AppliedLayer::default(),
                 implied: BTreeMap::new(),
-                opaque: HashSet::new(),
+                opaque: HashMap::new(),
                 record_bytes: 0,
                 default_acls: false,
                 current: Vec::new(),
@@ -124,15 +124,24 @@ impl OpenFile {
     }
 }
 
+/// What is known of a directory without an entry.
+struct Implied {
+    /// Only whiteouts need it.
+    whiteouts_only: bool,
+    /// When the layer came to need it, it had removed what lower layers have there.
+    hidden: bool,
+}
+
 struct Tree {
     dirs: Dirs,
     options: UnpackOptions,
     creator: Creator,
     record: AppliedLayer,
-    /// Directories without an entry; `true` where only whiteouts need them.
-    implied: BTreeMap<Vec<u8>, bool>,
-    /// Directories that this layer made opaque: what is implied below them owes nothing to lower layers.
-    opaque: HashSet<Vec<u8>>,
+    /// Directories without an entry.
+    implied: BTreeMap<Vec<u8>, Implied>,
+    /// Directories that this layer made opaque: what is implied below them owes nothing to lower layers. `true` where the layer
+    /// removes the lower directory itself, so that not even its attributes stay.
+    opaque: HashMap<Vec<u8>, bool>,
     record_bytes: u64,
     /// Whether some directory has a default ACL, so that new files inherit what the tar does not give them.
     default_acls: bool,
@@ -162,7 +171,7 @@ impl Tree {
             if entry.kind != Kind::Directory {
                 return Err(UnpackError::refused(&entry.path, "the layer's root can only be a directory"));
             }
-            self.dirs.go(&entry.path, &[], |_| Ok(()))?;
+            self.dirs.go(&entry.path, &[], |_, _| Ok(()))?;
             self.record.root = true;
             self.finish_directory(&entry, false)?;
             return Ok(None);
@@ -190,27 +199,26 @@ impl Tree {
     }
 
     fn go_to_parent(&mut self, entry: &Entry, parents: &[&[u8]], plain: bool) -> Result<(), UnpackError> {
-        let mut made: Vec<Vec<u8>> = Vec::new();
-        self.dirs.go(&entry.path, parents, |path| {
-            made.push(path.to_vec());
+        let mut made: Vec<(Vec<u8>, bool)> = Vec::new();
+        self.dirs.go(&entry.path, parents, |path, removed| {
+            made.push((path.to_vec(), removed));
             Ok(())
         })?;
-        for path in made {
-            let hidden = !self.opaque.is_empty()
-                && std::iter::once(path.len())
-                    .chain(path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at))
-                    .any(|end| self.opaque.contains(path.get(..end).unwrap_or_default()));
-            if !hidden {
+        for (path, removed) in made {
+            self.remember(path.len())?;
+            if removed {
                 self.remember(path.len())?;
-                self.implied.insert(path, !plain);
+                self.opaque.insert(path.clone(), true);
             }
+            let hidden = self.hides(&path);
+            self.implied.insert(path, Implied { whiteouts_only: !plain, hidden });
         }
         if plain && !self.implied.is_empty() {
             let path = self.dirs.path();
             let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
             for end in ends.chain([path.len()]) {
-                if let Some(whiteouts_only) = path.get(..end).and_then(|path| self.implied.get_mut(path)) {
-                    *whiteouts_only = false;
+                if let Some(implied) = path.get(..end).and_then(|path| self.implied.get_mut(path)) {
+                    implied.whiteouts_only = false;
                 }
             }
         }
@@ -256,8 +264,16 @@ impl Tree {
         set_opaque(self.dirs.current().fd.as_fd(), self.options.whiteouts)
             .map_err(|errno| UnpackError::io("make opaque the directory of", &entry.path, errno))?;
         self.remember(path.len())?;
-        self.opaque.insert(path);
+        self.opaque.entry(path).or_insert(false);
         Ok(())
+    }
+
+    /// Whether the layer itself hides what lower layers have at a path.
+    fn hides(&self, path: &[u8]) -> bool {
+        let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+        !self.opaque.is_empty()
+            && (self.opaque.get(path) == Some(&true)
+                || ends.chain([0]).any(|end| self.opaque.contains_key(path.get(..end).unwrap_or_default())))
     }
 
     /// A whiteout hides what lower layers have, never what this layer has, in whatever order they come.
@@ -279,7 +295,7 @@ impl Tree {
                 set_opaque(dir.as_fd(), mode).map_err(io)?;
                 let path = self.path_of(name);
                 self.remember(path.len())?;
-                self.opaque.insert(path);
+                self.opaque.insert(path, true);
                 Ok(())
             }
             Some(_) => Ok(()),
@@ -301,7 +317,7 @@ impl Tree {
                     self.dirs.make(name, true).map_err(io)?;
                     let path = self.dirs.path();
                     self.remember(path.len())?;
-                    self.opaque.insert(path);
+                    self.opaque.insert(path, true);
                     false
                 }
             }
@@ -479,6 +495,9 @@ impl Tree {
     }
 
     fn foreign_link(&mut self, entry: &Entry, name: &[u8], target: &[&[u8]]) -> Result<(), UnpackError> {
+        if self.hides(&target.join(&b'/')) {
+            return Err(UnpackError::refused(&entry.path, "it is a hard link to a file that its layer removes"));
+        }
         self.clear(entry, name)?;
         let link = ForeignLink { path: self.path_of(name), target: target.join(&b'/') };
         self.remember(link.path.len() + link.target.len())?;
@@ -490,7 +509,9 @@ impl Tree {
         self.implied.retain(|path, _| !path.is_empty());
         self.record.implied = std::mem::take(&mut self.implied)
             .into_iter()
-            .map(|(path, whiteouts_only)| ImpliedDirectory { path, whiteouts_only })
+            .map(|(path, Implied { whiteouts_only, hidden })| ImpliedDirectory { path, whiteouts_only, hidden })
+            // What owes nothing to lower layers is as it is to be, unless it is not to be.
+            .filter(|directory| directory.whiteouts_only || !directory.hidden)
             .collect();
         let mut links = std::mem::take(&mut self.record.foreign_links);
         let mut failed = Ok(());

@@ -81,6 +81,8 @@ pub(crate) enum Made {
     Found,
     /// It is new.
     New,
+    /// It is new, where the layer's whiteout was.
+    InPlaceOfWhiteout,
 }
 
 /// The stack.
@@ -126,13 +128,13 @@ impl Dirs {
         Ok(())
     }
 
-    /// Goes to the directory of these components. Missing ones are made, and `implied` is told their path. Symbolic links of the
-    /// layer among them are resolved within its root.
+    /// Goes to the directory of these components. Missing ones are made, and `implied` is told their path, and whether it was the layer's
+    /// whiteout before. Symbolic links of the layer among them are resolved within its root.
     pub(crate) fn go(
         &mut self,
         entry: &[u8],
         components: &[&[u8]],
-        mut implied: impl FnMut(&[u8]) -> Result<(), UnpackError>,
+        mut implied: impl FnMut(&[u8], bool) -> Result<(), UnpackError>,
     ) -> Result<(), UnpackError> {
         if !self.go_without_links(entry, components, &mut implied)? {
             let resolved = self.resolve(entry, components)?;
@@ -149,14 +151,15 @@ impl Dirs {
         &mut self,
         entry: &[u8],
         components: &[&[u8]],
-        implied: &mut impl FnMut(&[u8]) -> Result<(), UnpackError>,
+        implied: &mut impl FnMut(&[u8], bool) -> Result<(), UnpackError>,
     ) -> Result<bool, UnpackError> {
         let common = self.below.iter().zip(components).take_while(|(dir, part)| dir.name == **part).count();
         self.leave_to(common)?;
         for part in components.iter().skip(common) {
             match self.enter(part) {
                 Ok(Made::Found) => {}
-                Ok(Made::New) => implied(&self.path())?,
+                Ok(Made::New) => implied(&self.path(), false)?,
+                Ok(Made::InPlaceOfWhiteout) => implied(&self.path(), true)?,
                 Err(Errno::LOOP | Errno::NOTDIR) => {
                     return match kind_of(self.current().fd.as_fd(), part) {
                         Ok(Some(FileType::Symlink)) => Ok(false),
@@ -187,7 +190,7 @@ impl Dirs {
             Err(Errno::NOTDIR) if is_whiteout(parent.fd.as_fd(), name)? => {
                 fs::unlinkat(parent.touch(), name, AtFlags::empty())?;
                 self.make(name, true)?;
-                Ok(Made::Found)
+                Ok(Made::InPlaceOfWhiteout)
             }
             Err(errno) => Err(errno),
         }

@@ -143,6 +143,9 @@ pub struct ImpliedDirectory {
     pub path: Vec<u8>,
     /// Nothing but whiteouts is below it: where the lower layers do not have it, it is not there.
     pub whiteouts_only: bool,
+    /// The layer removes what lower layers have there, so that they do not count.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hidden: bool,
 }
 
 /// A hard link into a lower layer.
