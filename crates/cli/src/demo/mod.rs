@@ -1,7 +1,7 @@
 //! `nacre demo`: everything at work on one machine. A registry, a key broker, an encrypted and signed image, an attested guest; then
 //! three attacks, each refused.
 //!
-//! The guest is a process of its own ([`guest`]), so that its measurement is that of a real program; the rest runs in this process.
+//! The guest is a process of its own (module `guest`), so that its measurement is that of a real program; the rest runs in this process.
 
 mod guest;
 mod rootfs;

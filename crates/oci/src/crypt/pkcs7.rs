@@ -79,7 +79,7 @@ impl Certificate {
     }
 }
 
-/// Skips to the names: version [0], serial, signature algorithm, issuer.
+/// Skips to the names: version `[0]`, serial, signature algorithm, issuer.
 fn issuer_and_serial(der: &[u8]) -> Option<Vec<u8>> {
     let mut body = Reader::new(der).within(SEQUENCE)?.within(SEQUENCE)?;
     if body.peek()? == CONTEXT_0 {
