@@ -225,6 +225,15 @@ fn jwe_with_rsa_and_ec_keys() {
 }
 
 #[test]
+fn jwe_with_json_web_keys_of_another_library() {
+    let (Some(fixtures), Some(_)) = (nacre_testkit::shared("fixtures/ocicrypt"), Keys::get()) else { return };
+    let argument = format!("jwe:{}", fixtures.join("RSA_public.jwk").display());
+    let key = fixtures.join("RSA_private.jwk").display().to_string();
+    skopeo_encrypts(&[&argument], &[], &ring(&[&key]));
+    skopeo_decrypts(&recipients(&[&argument]), &[&key], &[]);
+}
+
+#[test]
 fn key_files_with_passphrases() {
     let Some(keys) = Keys::get() else { return };
     let argument = format!("jwe:{}", keys.path("rsa.pub"));

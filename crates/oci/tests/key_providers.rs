@@ -82,6 +82,15 @@ fn shell(script: &str) -> Providers {
 }
 
 #[test]
+fn the_configuration_of_another_library() {
+    let Some(path) = nacre_testkit::shared("fixtures/ocicrypt/ocicrypt_config.json") else { return };
+    let providers = Providers::from_file(&path).unwrap();
+    for name in ["keyprovider1", "keyprovider2", "keyprovider4"] {
+        assert!(providers.has(name), "{name}");
+    }
+}
+
+#[test]
 fn a_program_wraps_and_unwraps() {
     // It "wraps" by turning the letters by thirteen.
     let layer = round_trip(shell(
