@@ -34,6 +34,9 @@ pub enum BrokerError {
         /// Why it failed.
         source: Box<redb::Error>,
     },
+    /// A broker runs on this directory.
+    #[error("broker: a broker is running on '{path}': administer it by its address (--url)", path = .0.display())]
+    Running(PathBuf),
     /// A sealed resource does not open.
     #[error("resource {0} does not open with this broker's master key: the database or master.key was exchanged")]
     Sealed(String),

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use nacre_attest::ear::Ear;
+use nacre_attest::ear::{Ear, Status, TRUST_CLAIMS};
 use nacre_core::{
     ResourcePath,
     jose::{KeyAlgorithm, PublicKey, Recipient, encrypt},
@@ -76,11 +76,11 @@ impl Broker {
         let (scope, text) = self.policy_for(path)?;
         audit.policy = policy_name(&scope, &text);
         let deny = |why: &str| {
-            let status = ear.status().name();
+            let doubts = doubts(ear);
             ApiError::new(
                 403,
                 "PolicyDeny",
-                format!("resource policy {} denies {path} to a guest that is {status}{why}", audit.policy),
+                format!("resource policy {} denies {path} to a guest that is {doubts}{why}", audit.policy),
             )
         };
         let input = serde_json::to_value(ear).map_err(|_| deny(": unreadable token"))?;
@@ -111,6 +111,29 @@ impl Broker {
 fn recipient(key: &PublicKey) -> Recipient<'_> {
     let recipient = Recipient::new(key);
     if matches!(key, PublicKey::Rsa(_)) { recipient.algorithm(KeyAlgorithm::RsaOaep256) } else { recipient }
+}
+
+/// What the appraisal found wrong, as the guest can read it in its token anyway: `warning (executables 33, measurement 0123456789ab…)`.
+fn doubts(ear: &Ear) -> String {
+    let mut found: Vec<String> = Vec::new();
+    for module in ear.submods.values() {
+        let doubtful = |name: &&&str| Status::of(module.vector.get(name)) > Status::Affirming;
+        for name in TRUST_CLAIMS.iter().filter(doubtful) {
+            let what = match *name {
+                "executables" => "its executables are not recognised",
+                "hardware" => "its hardware is not recognised",
+                "configuration" => "its configuration is not known to be good",
+                other => other,
+            };
+            found.push(format!("{what} ({name} = {})", module.vector.get(name)));
+        }
+    }
+    let status = ear.status().name();
+    match measurement(ear) {
+        _ if found.is_empty() => status.to_owned(),
+        "" => format!("{status}: {}", found.join(", ")),
+        measured => format!("{status}: {}; it measured {:.24}…", found.join(", "), measured),
+    }
 }
 
 fn measurement(ear: &Ear) -> &str {

@@ -103,7 +103,10 @@ impl Store {
     }
 
     pub(crate) fn open(path: &Path, master: &SecretArray<32>) -> Result<Self, BrokerError> {
-        let database = Database::open(path).map_err(fail("open (is another broker running on it?)"))?;
+        let database = Database::open(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => BrokerError::Running(path.to_owned()),
+            other => fail("open")(other),
+        })?;
         let store = Self { database, master: AeadKey::new(master) };
         match store.get(META, "format")? {
             Some(format) if format == FORMAT => Ok(store),

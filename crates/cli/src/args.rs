@@ -81,7 +81,7 @@ pub(crate) struct DemoArgs {
     /// Leave everything that the demo made, and say where
     #[arg(long)]
     pub(crate) keep: bool,
-    /// Where the demo works [default: a new directory in the system's temporary directory]
+    /// Where the demo works [default: a new directory in the system's temporary directory, or in /var/tmp if that is in memory]
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
 }

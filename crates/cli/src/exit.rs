@@ -1,10 +1,20 @@
 //! Exit codes: from the error that happened to the number that scripts act on.
 
 use nacre_attest::client::ClientError;
-use nacre_core::KeySourceError;
-use nacre_guest::{images::PullError, service::ServiceError, services::CallError, store::StoreError};
+use nacre_broker::BrokerError;
+use nacre_core::{KeySourceError, UriError};
+use nacre_guest::{
+    bundle::ComposeError, config::ConfigError, images::PullError, service::ServiceError, services::CallError,
+    store::StoreError,
+};
 use nacre_oci::{
-    crypt::CryptError, layer::LayerError, manifest::ManifestError, source::TransportError, trust::TrustError,
+    copy::CopyError,
+    crypt::{Attempt, CryptError, SchemeError},
+    layer::LayerError,
+    manifest::ManifestError,
+    reference::ReferenceError,
+    source::TransportError,
+    trust::TrustError,
 };
 
 use crate::output::Exit;
@@ -24,7 +34,11 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             ServiceError::Key(error) => class(error),
             ServiceError::Broker(error) => class(error),
             ServiceError::Crypt(error) => class(error),
+            ServiceError::Compose(error) => class(error),
             ServiceError::File { .. } => Some(Exit::Io),
+            ServiceError::Config(_) | ServiceError::Uri(_) | ServiceError::Platform(_) | ServiceError::Reference(_) => {
+                Some(Exit::Usage)
+            }
             _ => None,
         };
     }
@@ -37,7 +51,8 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PullError::Manifest(error) => class(error),
             PullError::Trust(error) => class(error),
             PullError::Stack { .. } | PullError::IndexDepth { .. } => Some(Exit::NotTrusted),
-            PullError::Reference(_) | PullError::TooManyLayers { .. } => None,
+            PullError::Reference(_) => Some(Exit::Usage),
+            PullError::TooManyLayers { .. } => None,
         };
     }
     if let Some(error) = error.downcast_ref::<LayerError>() {
@@ -48,33 +63,108 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = error.downcast_ref::<StoreError>() {
         return match error {
-            StoreError::NoImage { .. } | StoreError::NoLayer { .. } => Some(Exit::NotFound),
+            StoreError::NoImage { .. } | StoreError::NoLayer { .. } | StoreError::NoBundle { .. } => {
+                Some(Exit::NotFound)
+            }
+            StoreError::Ambiguous { .. } => Some(Exit::Usage),
             StoreError::InUse { .. } => Some(Exit::Conflict),
             StoreError::Io { .. } => Some(Exit::Io),
             _ => None,
         };
     }
     if let Some(error) = error.downcast_ref::<KeySourceError>() {
-        return Some(match error {
-            KeySourceError::NotFound { .. } => Exit::NotFound,
-            KeySourceError::Denied { .. } => Exit::NotTrusted,
-            KeySourceError::Failed { .. } => Exit::Io,
-        });
+        return Some(key_source(error));
     }
     if let Some(CallError::Unreachable { .. }) = error.downcast_ref::<CallError>() {
         return Some(Exit::Io);
     }
-    if let Some(ClientError::Network { .. }) = error.downcast_ref::<ClientError>() {
-        return Some(Exit::Io);
+    if let Some(error) = error.downcast_ref::<CryptError>() {
+        return Some(crypt(error));
+    }
+    if let Some(error) = error.downcast_ref::<ClientError>() {
+        return Some(client(error));
+    }
+    if let Some(error) = error.downcast_ref::<BrokerError>() {
+        return match error {
+            BrokerError::Running(_) | BrokerError::Exists(_) => Some(Exit::Conflict),
+            BrokerError::Io { .. } | BrokerError::Listen { .. } | BrokerError::Database { .. } => Some(Exit::Io),
+            BrokerError::Invalid(_) | BrokerError::Policy(_) => Some(Exit::Usage),
+            _ => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<ComposeError>() {
+        return Some(if matches!(error, ComposeError::InUse(_)) { Exit::Conflict } else { Exit::Io });
+    }
+    if let Some(error) = error.downcast_ref::<ConfigError>() {
+        return Some(if matches!(error, ConfigError::Read { .. }) { Exit::Io } else { Exit::Usage });
+    }
+    if error.is::<Missing>() {
+        return Some(Exit::NotFound);
+    }
+    if error.is::<Usage>() || error.is::<ReferenceError>() || error.is::<UriError>() {
+        return Some(Exit::Usage);
     }
     if let Some(error) = error.downcast_ref::<TrustError>() {
         // Where the signatures are could not be asked: another time it may do.
         return Some(if error.is_refusal() { Exit::NotTrusted } else { Exit::Io });
     }
-    if error.is::<ManifestError>() || error.is::<CryptError>() || error.is::<ClientError>() {
+    if let Some(error) = error.downcast_ref::<CopyError>() {
+        return match error {
+            CopyError::Transport(error) => transport(error),
+            CopyError::Crypt { source, .. } => Some(crypt(source)),
+            CopyError::Manifest { .. } | CopyError::Stream { .. } | CopyError::Bomb => Some(Exit::NotTrusted),
+            CopyError::Unsupported(_) | CopyError::SignaturesLost { .. } => Some(Exit::Usage),
+            _ => None,
+        };
+    }
+    if error.is::<ManifestError>() {
         return Some(Exit::NotTrusted);
     }
     error.is::<std::io::Error>().then_some(Exit::Io)
+}
+
+/// Something that was named is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Missing(pub(crate) String);
+
+/// Arguments that cannot be meant together, or are none.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
+fn key_source(error: &KeySourceError) -> Exit {
+    match error {
+        KeySourceError::NotFound { .. } => Exit::NotFound,
+        KeySourceError::Denied { .. } => Exit::NotTrusted,
+        // No answer is a matter of the network; a refused attestation is none.
+        KeySourceError::Failed { source, .. } => source.downcast_ref::<ClientError>().map_or(Exit::Io, client),
+    }
+}
+
+fn client(error: &ClientError) -> Exit {
+    match error {
+        ClientError::Network { .. } | ClientError::Refused { status: 500.., .. } => Exit::Io,
+        ClientError::Refused { status: 404, .. } => Exit::NotFound,
+        ClientError::Refused { status: 400, .. } | ClientError::Config(_) => Exit::Usage,
+        _ => Exit::NotTrusted,
+    }
+}
+
+fn crypt(error: &CryptError) -> Exit {
+    match error {
+        // A key that could not be asked for may be had another time; one that was refused, not.
+        CryptError::NoKey(attempts) => {
+            let unreachable = |attempt: &Attempt| match &attempt.error {
+                SchemeError::KeySource(error) => key_source(error) == Exit::Io,
+                SchemeError::ProviderTimeout { .. } => true,
+                _ => false,
+            };
+            if attempts.iter().any(unreachable) { Exit::Io } else { Exit::NotTrusted }
+        }
+        CryptError::KeyArgument { .. } | CryptError::ProviderConfig { .. } | CryptError::NoRecipients => Exit::Usage,
+        _ => Exit::NotTrusted,
+    }
 }
 
 fn transport(error: &TransportError) -> Option<Exit> {
@@ -83,7 +173,7 @@ fn transport(error: &TransportError) -> Option<Exit> {
         TransportError::DigestMismatch { .. } | TransportError::Manifest { .. } | TransportError::TooLarge { .. } => {
             Some(Exit::NotTrusted)
         }
-        TransportError::Config { .. } | TransportError::Unsupported { .. } => None,
+        TransportError::Config { .. } | TransportError::Unsupported { .. } => Some(Exit::Usage),
         _ => Some(Exit::Io),
     }
 }

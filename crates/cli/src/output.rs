@@ -10,6 +10,8 @@ use serde::Serialize;
 pub(crate) enum Exit {
     /// None of the others.
     Other = 1,
+    /// The command line or the configuration says what cannot be.
+    Usage = 2,
     /// Policy, signature, integrity or attestation: it is not trusted.
     NotTrusted = 3,
     /// There is no such thing.

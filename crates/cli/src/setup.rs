@@ -12,6 +12,7 @@ use nacre_guest::{
     service::ImageService,
     store::{Marks, Store},
 };
+use nacre_oci::registry::RegistriesConf;
 use nacre_sys::privilege::Privilege;
 
 use crate::{
@@ -87,6 +88,12 @@ impl Setup {
         Ok(self)
     }
 
+    /// What registries.conf says, by the configuration, or else by the variable that all its users know.
+    pub(crate) fn registries_conf(&self) -> anyhow::Result<RegistriesConf> {
+        let variable = std::env::var_os("CONTAINERS_REGISTRIES_CONF").map(PathBuf::from);
+        Ok(RegistriesConf::system(variable.as_deref().or(self.config.registries.conf.as_deref()))?)
+    }
+
     /// The guest.
     pub(crate) fn service(&self) -> anyhow::Result<ImageService> {
         Ok(ImageService::new(&self.config, self.store()?, self.progress.clone())?)
@@ -142,6 +149,7 @@ impl Setup {
             url,
             sim_platform_key: platform_key.or_else(|| old.as_ref()?.sim_platform_key.clone()),
             init_data: init_data.or_else(|| old.as_ref()?.init_data.clone()),
+            measured: None,
         });
         Ok(())
     }

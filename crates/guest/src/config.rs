@@ -15,6 +15,8 @@ use serde::Deserialize;
 pub const INIT_DATA_ENTRY: &str = "nacre.toml";
 /// The most bytes of a configuration file.
 const CONFIG_LIMIT: usize = 1 << 20;
+/// The most bytes of a file of init data.
+const INIT_DATA_LIMIT: usize = 4 << 20;
 
 /// The configuration.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -101,6 +103,24 @@ pub struct BrokerConfig {
     pub sim_platform_key: Option<PathBuf>,
     /// The guest's init data, a file, which the evidence binds.
     pub init_data: Option<PathBuf>,
+    /// The same as they were when the configuration was taken from them. The file is not read again: what the evidence binds has to be
+    /// what the guest works by, whatever the file says meanwhile.
+    #[serde(skip)]
+    pub measured: Option<InitData>,
+}
+
+impl BrokerConfig {
+    /// A broker at an address, and nothing else known.
+    pub fn new(url: &str) -> Self {
+        Self {
+            url: url.into(),
+            certificate: None,
+            token_key: None,
+            sim_platform_key: None,
+            init_data: None,
+            measured: None,
+        }
+    }
 }
 
 /// Why a configuration is none.
@@ -146,13 +166,14 @@ impl Config {
     pub fn from_init_data(path: &std::path::Path) -> Result<Self, ConfigError> {
         let name = format!("{}: {INIT_DATA_ENTRY}", path.display());
         let wrong = |reason: String| ConfigError::Parse { name: name.clone(), reason };
-        let bytes = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let bytes = read_limited(path, INIT_DATA_LIMIT)?;
         let text = String::from_utf8(bytes).map_err(|error| wrong(error.to_string()))?;
         let data = InitData::parse(&text).map_err(|error| wrong(error.to_string()))?;
         let toml = data.get(INIT_DATA_ENTRY).ok_or_else(|| wrong("the init data have no such entry".into()))?;
         let mut config = Self::parse(toml.as_bytes(), &name)?;
         if let Some(broker) = &mut config.broker {
             broker.init_data = Some(path.into());
+            broker.measured = Some(data);
         }
         Ok(config)
     }
@@ -162,9 +183,22 @@ impl Config {
     /// # Errors
     /// [`ConfigError`]
     pub fn read(path: &std::path::Path) -> Result<Self, ConfigError> {
-        let bytes = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let bytes = read_limited(path, CONFIG_LIMIT)?;
         Self::parse(&bytes, &path.display().to_string())
     }
+}
+
+/// Reads a file up to one byte beyond a limit, for the parser to refuse.
+fn read_limited(path: &std::path::Path, limit: usize) -> Result<Vec<u8>, ConfigError> {
+    use std::io::Read as _;
+    let wrong = |source| ConfigError::Read { path: path.into(), source };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(wrong)?;
+    file.take(limit as u64 + 1).read_to_end(&mut bytes).map_err(wrong)?;
+    if bytes.len() > limit {
+        return Err(wrong(std::io::Error::other(format!("larger than {limit} bytes"))));
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -188,5 +222,26 @@ mod tests {
             assert!(error.to_string().starts_with("nacre.toml"), "{error}");
         }
         assert!(Config::parse(&[0xff], "x").is_err());
+    }
+
+    #[test]
+    fn what_the_guest_works_by_is_what_its_evidence_binds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("initdata.toml");
+        let toml = "[broker]\nurl = \"https://b.example\"\n".to_owned();
+        let data = InitData::new(nacre_core::Algorithm::Sha256, [(INIT_DATA_ENTRY.to_owned(), toml)].into()).unwrap();
+        std::fs::write(&path, data.text()).unwrap();
+        let config = Config::from_init_data(&path).unwrap();
+        // The host exchanges the file once it was read.
+        std::fs::write(&path, "other").unwrap();
+        let service = crate::service::init_data_of(config.broker.as_ref().unwrap()).unwrap();
+        assert_eq!(service.unwrap().digest(), data.digest());
+    }
+
+    #[test]
+    fn an_endless_file_is_not_read_to_its_end() {
+        let zero = std::path::Path::new("/dev/zero");
+        assert!(Config::read(zero).unwrap_err().to_string().contains("larger"));
+        assert!(Config::from_init_data(zero).unwrap_err().to_string().contains("larger"));
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
-    store::{BundleRecord, Marks, Store, StoreError},
+    store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
 
 /// The most bytes of a policy, a certificate or init data.
@@ -111,9 +111,9 @@ impl ImageService {
     /// # Errors
     /// [`ServiceError`]
     pub fn new(config: &Config, store: Store, progress: Arc<dyn Progress>) -> Result<Self, ServiceError> {
-        let init_data = config.broker.as_ref().and_then(|broker| broker.init_data.as_deref());
-        let init_data = init_data.map(read_init_data).transpose()?;
-        let broker = config.broker.as_ref().map(connect).transpose()?;
+        let init_data = config.broker.as_ref().map(init_data_of).transpose()?.flatten();
+        let connected = config.broker.as_ref().map(|broker| connect_with(broker, init_data.clone()));
+        let broker = connected.transpose()?;
         let keys = key_source(config, broker.as_ref())?;
         let clock: Arc<dyn Clock> = match (&broker, config.trust.system_clock) {
             (_, true) => Arc::new(SystemClock),
@@ -217,19 +217,34 @@ impl ImageService {
     ) -> Result<BundleRecord, ServiceError> {
         let store = self.images.store();
         let path = absolute(path)?;
+        let record = store.add_bundle(&path, pulled.image.manifest, stack_of(pulled), root_of(pulled))?;
+        self.mount(pulled, &record, overrides)?;
+        Ok(record)
+    }
+
+    /// Makes a bundle in the store's own directory. It lasts until [`unmount_bundle`](Self::unmount_bundle), and when this process is
+    /// killed, until the store's next cleaning.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; then nothing of it is left.
+    pub fn mount_own_bundle(&self, pulled: &PulledImage, overrides: &Overrides) -> Result<OwnBundle, ServiceError> {
+        let own = self.images.store().add_own_bundle(pulled.image.manifest, stack_of(pulled), root_of(pulled))?;
+        self.mount(pulled, own.record(), overrides)?;
+        Ok(own)
+    }
+
+    fn mount(&self, pulled: &PulledImage, record: &BundleRecord, overrides: &Overrides) -> Result<(), ServiceError> {
+        let store = self.images.store();
         let layers: Vec<PathBuf> = pulled.layers.iter().map(|layer| layer.path().to_owned()).collect();
-        let stack: Vec<_> = pulled.layers.iter().map(|layer| *layer.id()).collect();
-        let root = pulled.layers.iter().find(|layer| Some(*layer.id()) == pulled.image.root);
-        let record = store.add_bundle(&path, pulled.image.manifest, stack, root)?;
         let upper = UpperDir::At(store.bundle_dir(&record.id));
         let user_xattr = store.marks() == Marks::User;
-        let made = Plan::new(&path, &layers, &upper, &pulled.image.config, overrides, user_xattr)
+        let made = Plan::new(&record.path, &layers, &upper, &pulled.image.config, overrides, user_xattr)
             .and_then(|plan| plan.carry_out());
         if let Err(error) = made {
             store.remove_bundle(&record.id)?;
             return Err(error.into());
         }
-        Ok(record)
+        Ok(())
     }
 
     /// Unmounts a bundle and forgets what was written in it.
@@ -238,10 +253,8 @@ impl ImageService {
     /// [`ServiceError`]
     pub fn unmount_bundle(store: &Store, path: &Path) -> Result<(), ServiceError> {
         let path = absolute(path)?;
-        let record = store.bundle_at(&path)?.ok_or_else(|| StoreError::NoImage {
-            name: format!("bundle {}", path.display()),
-            path: store.root().into(),
-        })?;
+        let missing = || StoreError::NoBundle { bundle: path.clone(), path: store.root().into() };
+        let record = store.bundle_at(&path)?.ok_or_else(missing)?;
         bundle::teardown(&path)?;
         Ok(store.remove_bundle(&record.id)?)
     }
@@ -285,6 +298,15 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+fn stack_of(pulled: &PulledImage) -> Vec<LayerId> {
+    pulled.layers.iter().map(|layer| *layer.id()).collect()
+}
+
+/// The layer whose root directory is the image's.
+fn root_of(pulled: &PulledImage) -> Option<&LayerGuard> {
+    pulled.layers.iter().find(|layer| Some(*layer.id()) == pulled.image.root)
+}
+
 fn absolute(path: &Path) -> Result<PathBuf, ServiceError> {
     std::path::absolute(path).map_err(|source| ServiceError::File { what: "the bundle", path: path.into(), source })
 }
@@ -319,12 +341,23 @@ fn pem(what: &'static str, value: &str) -> Result<String, ServiceError> {
         .map_err(|error| ServiceError::Config(format!("{what} '{value}' is not PEM: {error}")))
 }
 
+/// The guest's init data, read once.
+pub(crate) fn init_data_of(config: &BrokerConfig) -> Result<Option<InitData>, ServiceError> {
+    match &config.measured {
+        Some(data) => Ok(Some(data.clone())),
+        None => config.init_data.as_deref().map(read_init_data).transpose(),
+    }
+}
+
 /// Makes the client of a configured broker; nothing is sent yet.
 ///
 /// # Errors
 /// [`ServiceError`]: a file that the configuration names, or there is no TEE.
 pub fn connect(config: &BrokerConfig) -> Result<Arc<BrokerClient>, ServiceError> {
-    let init_data = config.init_data.as_deref().map(read_init_data).transpose()?;
+    connect_with(config, init_data_of(config)?)
+}
+
+fn connect_with(config: &BrokerConfig, init_data: Option<InitData>) -> Result<Arc<BrokerClient>, ServiceError> {
     let certificate = config.certificate.as_deref().map(|value| pem("the broker's certificate", value)).transpose()?;
     let token_key = config.token_key.as_deref().map(|value| pem("the broker's token key", value)).transpose()?;
     let Some(key) = &config.sim_platform_key else {

@@ -21,6 +21,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     args::{BrokerAt, BrokerCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    exit::Missing,
     output,
 };
 
@@ -132,7 +133,11 @@ fn resource(command: &ResourceCommand) -> anyhow::Result<()> {
         ResourceCommand::Rm { path, at } => {
             let path: ResourcePath = path.parse()?;
             match Admin::of(at)? {
-                Admin::Local(broker) => anyhow::ensure!(broker.delete_resource(&path)?, "{path}: no such resource"),
+                Admin::Local(broker) => {
+                    if !broker.delete_resource(&path)? {
+                        return Err(Missing(format!("{path}: no such resource")).into());
+                    }
+                }
                 Admin::Remote(client) => client.delete_resource(&path)?,
             }
             Ok(())
@@ -170,7 +175,8 @@ fn policy(command: &PolicyCommand) -> anyhow::Result<()> {
         PolicyCommand::ShowResource { scope, at } => {
             let policy = match Admin::of(at)? {
                 Admin::Local(broker) => {
-                    broker.resource_policy(scope)?.context("there is no policy of exactly this scope")?
+                    let missing = || Missing("there is no policy of exactly this scope".into());
+                    broker.resource_policy(scope)?.ok_or_else(missing)?
                 }
                 Admin::Remote(client) => with_scope(scope, |scope| Ok(client.resource_policy(scope)?))?,
             };
@@ -207,7 +213,7 @@ fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
                 Admin::Local(broker) => broker.reference_value(name)?.map(|reference| reference.values),
                 Admin::Remote(client) => client.reference_value(name)?,
             };
-            output::json(&values.with_context(|| format!("{name}: no reference value of this name"))?)
+            output::json(&values.ok_or_else(|| Missing(format!("{name}: no reference value of this name")))?)
         }
     }
 }

@@ -23,6 +23,7 @@ use serde_json::json;
 
 use crate::{
     args::{CopyArgs, Global},
+    exit::Usage,
     output,
     progress::size,
     setup::Setup,
@@ -44,13 +45,9 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         Some(dir) => LookasideConfig::load_dir(dir)?,
         None => LookasideConfig::default(),
     };
-    let source = open_source(&location(&args.source, &client)?, &client)?;
-    let sink = open_sink(&location(&args.destination, &client)?, &client)?;
-    let source = match &args.policy {
-        Some(policy) => admitted(&*source, policy, &lookaside, &platforms(args, config.image.platform.as_deref())?)?,
-        None => Source::without_policy(&*source)?,
-    };
-
+    // What the arguments get wrong is said before anybody is asked for anything.
+    let platforms = platforms(args, config.image.platform.as_deref())?;
+    let compression = args.compression.as_deref().map(recompress).transpose()?;
     let keyring = Keyring::from_args(&args.decryption_key)?;
     let recipients = Recipients::from_args(&args.encrypt)?;
     let layers = match args.encrypt_layer.as_slice() {
@@ -59,9 +56,16 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     };
     let keys = signing_keys(args)?;
     let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
+    let source = open_source(&location(&args.source, &client)?, &client)?;
+    let sink = open_sink(&location(&args.destination, &client)?, &client)?;
+    let source = match &args.policy {
+        Some(policy) => admitted(&*source, policy, &lookaside, &platforms)?,
+        None => Source::without_policy(&*source)?,
+    };
+
     let options = CopyOptions {
-        platforms: platforms(args, config.image.platform.as_deref())?,
-        compression: args.compression.as_deref().map(recompress).transpose()?,
+        platforms,
+        compression,
         decrypt: (!args.decryption_key.is_empty()).then_some(&keyring),
         encrypt: (!args.encrypt.is_empty()).then_some((&recipients, &layers)),
         signatures: if args.remove_signatures { ExistingSignatures::Remove } else { ExistingSignatures::Keep },
@@ -128,7 +132,9 @@ impl KeySource for NoBroker {
 
 /// `configured` is the platform of `--platform`, or else of the configuration.
 fn platforms(args: &CopyArgs, configured: Option<&str>) -> anyhow::Result<Platforms> {
-    anyhow::ensure!(!args.all || args.registry.platform.is_none(), "--all and --platform are both given; choose one");
+    if args.all && args.registry.platform.is_some() {
+        return Err(Usage("--all and --platform are both given; choose one".into()).into());
+    }
     Ok(match configured {
         _ if args.all => Platforms::All,
         Some(platform) => Platforms::One(platform.parse()?),
@@ -141,7 +147,7 @@ fn recompress(text: &str) -> anyhow::Result<Recompress> {
         "gzip" => Compression::Gzip,
         "zstd" => Compression::Zstd,
         "none" => Compression::None,
-        _ => anyhow::bail!("--compression '{text}': gzip, zstd and none are known"),
+        _ => return Err(Usage(format!("--compression '{text}': gzip, zstd and none are known")).into()),
     };
     Ok(Recompress { to, level: None })
 }

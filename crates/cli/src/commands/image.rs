@@ -7,10 +7,10 @@ use nacre_guest::{
     bundle::Overrides,
     images::PulledImage,
     service::ImageService,
-    store::{ImageRecord, RefRecord, Store},
+    store::{ImageRecord, RefRecord, Store, StoreError},
 };
 use nacre_oci::{
-    reference::Location,
+    reference::{ImageRef, Location},
     trust::{Admission, Signer},
 };
 use serde_json::{Value, json};
@@ -127,13 +127,11 @@ fn stored(service: &ImageService, args: &InspectArgs) -> anyhow::Result<Option<R
     if args.remote {
         return Ok(None);
     }
-    let store = service.images().store();
-    for location in service.locations(&args.image).unwrap_or_default() {
-        if let Some(name) = store.name(&location)? {
-            return Ok(Some(name));
-        }
+    // What is no location may still be a digest.
+    match super::find(service.images().store(), &service.locations(&args.image).unwrap_or_default(), &args.image) {
+        Err(StoreError::NoImage { .. }) => Ok(None),
+        found => Ok(Some(found?)),
     }
-    Ok(store.find(&args.image, None).ok())
 }
 
 fn inspect(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
@@ -220,18 +218,23 @@ fn remove(global: &Global, images: &[String]) -> anyhow::Result<()> {
     setup::privileged()?;
     let setup = Setup::new(global, false)?;
     let store = setup.store()?;
-    for text in images {
-        let location: Option<Location> = match Location::has_transport(text) {
-            true => Some(text.parse()?),
-            false => {
-                text.parse().ok().map(|name: nacre_oci::reference::ImageRef| Location::Docker(name.with_default_tag()))
-            }
+    let registries = setup.registries_conf()?;
+    let result = images.iter().try_for_each(|text| {
+        let locations: Vec<Location> = match Location::has_transport(text) {
+            true => vec![text.parse()?],
+            // What is no name may still be a digest.
+            false => registries.candidates(text).unwrap_or_default().into_iter().map(docker).collect(),
         };
-        let removed = store.remove(&store.find(text, location.as_ref())?)?;
-        output::line(removed.name)?;
-    }
+        let removed = store.remove(&super::find(&store, &locations, text)?)?;
+        anyhow::Ok(output::line(removed.name)?)
+    });
+    // Also when one of several is not there.
     store.collect()?;
-    Ok(())
+    result
+}
+
+fn docker(name: ImageRef) -> Location {
+    Location::Docker(name.with_default_tag())
 }
 
 fn collect(global: &Global, json: bool) -> anyhow::Result<()> {

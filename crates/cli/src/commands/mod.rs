@@ -6,3 +6,16 @@ pub(crate) mod copy;
 pub(crate) mod guest;
 pub(crate) mod image;
 pub(crate) mod run;
+
+use nacre_guest::store::{RefRecord, Store, StoreError};
+use nacre_oci::reference::Location;
+
+/// The stored image of the first of `locations` that there is, or of what a person typed as a digest.
+pub(crate) fn find(store: &Store, locations: &[Location], text: &str) -> Result<RefRecord, StoreError> {
+    for location in locations {
+        if let Some(name) = store.name(location)? {
+            return Ok(name);
+        }
+    }
+    store.find(text, None)
+}

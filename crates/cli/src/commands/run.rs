@@ -39,23 +39,14 @@ pub(crate) fn run_pulled(
     runtime: &Runtime,
 ) -> anyhow::Result<i32> {
     let store = service.images().store();
-    let dir = store.run_dir()?;
-    let bundle = dir.path().join("bundle");
-    service.mount_bundle(pulled, &bundle, overrides)?;
-    let code = runtime.run(&bundle);
-    ImageService::unmount_bundle(store, &bundle)?;
+    let bundle = service.mount_own_bundle(pulled, overrides)?;
+    let path = &bundle.record().path;
+    let code = runtime.run(path);
+    ImageService::unmount_bundle(store, path)?;
     Ok(code?)
 }
 
 fn open(service: &ImageService, text: &str) -> anyhow::Result<PulledImage> {
-    let store = service.images().store();
-    let mut found = None;
-    for location in service.locations(text).unwrap_or_default() {
-        found = found.or(store.name(&location)?);
-    }
-    let name = match found {
-        Some(name) => name,
-        None => store.find(text, None)?,
-    };
+    let name = super::find(service.images().store(), &service.locations(text).unwrap_or_default(), text)?;
     Ok(service.images().open(&name)?)
 }

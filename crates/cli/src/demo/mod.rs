@@ -64,7 +64,7 @@ fn prologue(story: &mut Story, stage: &Stage, privilege: &Privilege) -> anyhow::
     story.fact("registry", format_args!("{} (trusts nobody, is trusted by nobody)", stage.registry().host()))?;
     story.fact("image", stage.reference(SIGNED))?;
     for layer in &stage.shipped().layers {
-        story.fact("layer", format_args!("{} {}", layer.to, layer.media_type))?;
+        story.fact("layer", format_args!("{} {}", layer.to.short(), layer.media_type))?;
     }
     story.fact("manifest", stage.shipped().to)?;
     story.fact("encrypted", format_args!("each layer with a key of its own, wrapped by {}", stage::KEY_ID))?;

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use nacre_attest::{initdata::InitData, sim};
 use nacre_broker::{Broker, Handle, InitOptions, Settings, Transport, serve};
 use nacre_core::{Algorithm, Digest, NoProgress, SecretArray, jose::PrivateKey};
-use nacre_guest::config::INIT_DATA_ENTRY;
+use nacre_guest::{config::INIT_DATA_ENTRY, store::memory_filesystem};
 use nacre_oci::{
     copy::{self, CopiedImage, CopyOptions, EncryptLayers, Sign, SigningKey, Source},
     crypt::Recipients,
@@ -89,7 +89,10 @@ impl Stage {
                     .with_context(|| format!("{}: make the demo's directory (a new one)", path.display()))?;
                 Place::Named(path.canonicalize()?)
             }
-            None => Place::Temporary(tempfile::Builder::new().prefix("nacre-demo-").tempdir()?),
+            None => {
+                let parent = temporary_directory(allow_tmpfs);
+                Place::Temporary(tempfile::Builder::new().prefix("nacre-demo-").tempdir_in(parent)?)
+            }
         };
         let path = dir.path();
         // A container's own root may belong to another user than its host directories.
@@ -234,6 +237,14 @@ impl Stage {
             }
         }
     }
+}
+
+/// The system's temporary directory, or where that lies in memory, the one that does not: images do not belong in memory.
+fn temporary_directory(allow_tmpfs: bool) -> PathBuf {
+    let usual = std::env::temp_dir();
+    let in_memory = |dir: &Path| memory_filesystem(dir).is_ok_and(|filesystem| filesystem.is_some());
+    let other = Path::new("/var/tmp");
+    if !allow_tmpfs && in_memory(&usual) && other.is_dir() && !in_memory(other) { other.into() } else { usual }
 }
 
 /// Copies the built image to the registry, encrypted, and signed where there is a key.

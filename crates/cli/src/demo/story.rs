@@ -31,8 +31,29 @@ impl Story {
     /// An attack, and how it was refused.
     pub(super) fn refused(&self, attack: &str, why: impl Display) -> io::Result<()> {
         output::line(format_args!("   {attack}"))?;
-        output::line(format_args!("     {} {why}", bold("refused:")))
+        let why = why.to_string();
+        let mut lines = wrap(&why, WIDTH - 14).into_iter();
+        output::line(format_args!("     {} {}", bold("refused:"), lines.next().unwrap_or_default()))?;
+        lines.try_for_each(|line| output::line(format_args!("              {line}")))
     }
+}
+
+/// Columns of the story.
+const WIDTH: usize = 120;
+
+/// Breaks a text between words, where they are not too long for that.
+fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 /// Bold on a terminal, plain elsewhere.

@@ -145,13 +145,11 @@ impl Images {
         let requested = source.location();
         let resolved = self.resolve(source)?;
         let (admission, recording) = self.admit_from(&resolved, requested, source.signatures())?;
-        let stored = self.store.image(resolved.raw().digest())?;
-        let (config, config_bytes) = match &stored {
-            Some(image) => (image.config.clone(), None),
-            None => {
-                let (config, bytes) = self.config(source, &resolved)?;
-                (config, Some(bytes))
-            }
+        // Both at once: whoever removes the image meanwhile takes none of this pull's.
+        let digest = resolved.raw().digest();
+        let (config, config_bytes) = match (self.store.image(digest)?, self.store.image_config(digest)?) {
+            (Some(image), Some(bytes)) => (image.config, bytes),
+            _ => self.config(source, &resolved)?,
         };
         let plans = self.plan(&resolved.manifest, &config)?;
         check_count(&config)?;
@@ -165,10 +163,6 @@ impl Images {
             stack: stack.ids(),
             root: stack.root,
             config,
-        };
-        let config_bytes = match config_bytes {
-            Some(bytes) => bytes,
-            None => self.store.image_config(&image.manifest)?.unwrap_or_default(),
         };
         let name = RefRecord {
             name: requested.to_string(),

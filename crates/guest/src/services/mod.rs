@@ -14,7 +14,7 @@ mod message;
 use std::{
     collections::HashMap,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -57,7 +57,7 @@ pub enum ServiceError {
         /// What was tried.
         what: &'static str,
         /// The socket, or its directory.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// The system's answer.
         source: std::io::Error,
     },
@@ -65,13 +65,13 @@ pub enum ServiceError {
     #[error("{path} is there and is no socket")]
     NotASocket {
         /// The socket.
-        path: std::path::PathBuf,
+        path: PathBuf,
     },
     /// ttrpc could not start.
     #[error("{path}: serve: {source}")]
     Serve {
         /// The socket.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Its complaint.
         source: ttrpc::Error,
     },
@@ -80,6 +80,7 @@ pub enum ServiceError {
 /// Serves until the value is dropped.
 pub struct Services {
     server: Option<ttrpc::Server>,
+    socket: PathBuf,
 }
 
 impl Services {
@@ -88,17 +89,20 @@ impl Services {
     /// # Errors
     /// [`ServiceError`]
     pub fn start(socket: &Path, guest: Arc<dyn Guest>) -> Result<Self, ServiceError> {
-        prepare(socket)?;
+        let dir = prepare(socket)?;
         let serve = |source| ServiceError::Serve { path: socket.into(), source };
+        let failed = |what| move |source| ServiceError::Socket { what, path: socket.into(), source };
+        // It is bound where nobody else can open it, and takes its place when it is closed to others.
+        let private = Private::make(dir).map_err(failed("bind"))?;
+        let bound = private.0.join("s");
         let mut server = ttrpc::Server::new()
-            .bind(&format!("unix://{}", socket.display()))
+            .bind(&format!("unix://{}", bound.display()))
             .map_err(serve)?
             .register_service(methods(&guest));
-        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(|source| {
-            ServiceError::Socket { what: "close the socket to others", path: socket.into(), source }
-        })?;
+        std::fs::set_permissions(&bound, std::fs::Permissions::from_mode(0o600)).map_err(failed("close to others"))?;
+        std::fs::rename(&bound, socket).map_err(failed("put in its place"))?;
         server.start().map_err(serve)?;
-        Ok(Self { server: Some(server) })
+        Ok(Self { server: Some(server), socket: socket.into() })
     }
 }
 
@@ -106,12 +110,38 @@ impl Drop for Services {
     fn drop(&mut self) {
         if let Some(server) = self.server.take() {
             server.shutdown();
+            // A socket that nobody listens at says less than none. Where it is gone already, that is as well.
+            let _ = std::fs::remove_file(&self.socket);
         }
     }
 }
 
-fn prepare(socket: &Path) -> Result<(), ServiceError> {
-    if let Some(dir) = socket.parent().filter(|dir| !dir.exists()) {
+/// A directory of our own for a moment.
+struct Private(PathBuf);
+
+impl Private {
+    fn make(dir: &Path) -> std::io::Result<Self> {
+        let path = dir.join(format!(".nacre-{}", std::process::id()));
+        // A former process of this number may have been killed here.
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Makes the socket's directory, and makes sure that nothing but a former process's socket is in its place.
+fn prepare(socket: &Path) -> Result<&Path, ServiceError> {
+    let dir = match socket.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    };
+    if !dir.exists() {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| ServiceError::Socket {
             what: "make the socket's directory",
             path: dir.into(),
@@ -119,10 +149,8 @@ fn prepare(socket: &Path) -> Result<(), ServiceError> {
         })?;
     }
     match std::fs::symlink_metadata(socket) {
-        Ok(metadata) if metadata.file_type().is_socket() => std::fs::remove_file(socket)
-            .map_err(|source| ServiceError::Socket { what: "remove the old socket", path: socket.into(), source }),
-        Ok(_) => Err(ServiceError::NotASocket { path: socket.into() }),
-        Err(_) => Ok(()),
+        Ok(metadata) if !metadata.file_type().is_socket() => Err(ServiceError::NotASocket { path: socket.into() }),
+        _ => Ok(dir),
     }
 }
 
@@ -257,6 +285,7 @@ mod tests {
                 assert!(call(&client, "keyprovider.KeyProviderService", "UnWrapKey", bad.to_vec()).is_err());
             }
             drop(services);
+            assert_eq!(std::fs::read_dir(dir.path().join("run")).unwrap().count(), 0, "nothing stays");
         }
     }
 
@@ -273,6 +302,16 @@ mod tests {
         let error = client.pull_image("bad", None).unwrap_err().to_string();
         assert!(error.contains("signature: no"), "{error}");
         assert_eq!(client.resource("kbs:///a/b/c").unwrap().expose(), b"kbs:///a/b/c");
+    }
+
+    #[test]
+    fn the_socket_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _services = Services::start(&socket, Arc::new(Fake)).unwrap();
+        assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+        let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+        assert_eq!(names, ["socket"], "where it was bound is gone");
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Bundles: mounted images. A bundle pins its layers until it is taken down, or until the machine's next boot, which no mount
-//! survives.
+//! survives; one in the store's own directory also no longer than the process that made it lives.
+//!
+//! Bundles come under an exclusive lock of `locks/bundles`, and what is left of them goes under it: a directory without a record, seen
+//! under that lock, is of one who was killed. A process that runs a bundle of its own holds `locks/bundle-<id>` meanwhile.
 
 use std::{
     fs::File,
@@ -11,9 +14,6 @@ use nacre_core::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::{LayerGuard, LayerId, Lock, Store, StoreError, io_error, record};
-
-/// Begins the names of directories for bundles of `nacre run`.
-const RUN_PREFIX: &str = "run-";
 
 /// A bundle that was made of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,11 +28,28 @@ pub struct BundleRecord {
     pub layers: Vec<LayerId>,
     /// The boot it was mounted in.
     pub boot: String,
+    /// Whether it ends with the process that made it.
+    #[serde(default)]
+    pub own: bool,
+}
+
+/// A bundle in the store's own directory, as long as this lives.
+#[derive(Debug)]
+pub struct OwnBundle {
+    record: BundleRecord,
+    _lock: Lock,
+}
+
+impl OwnBundle {
+    /// Its record.
+    pub fn record(&self) -> &BundleRecord {
+        &self.record
+    }
 }
 
 impl Store {
-    /// Records a bundle before it is mounted, and makes the place of its writable layer, whose root directory is like that of `root`.
-    /// The caller holds guards of the layers.
+    /// Records a bundle at `path` before it is mounted, and makes the place of its writable layer, whose root directory is like that of
+    /// `root`. The caller holds guards of the layers.
     ///
     /// # Errors
     /// [`StoreError`]
@@ -43,10 +60,34 @@ impl Store {
         layers: Vec<LayerId>,
         root: Option<&LayerGuard>,
     ) -> Result<BundleRecord, StoreError> {
-        let bundle = BundleRecord { id: record::random_name(), path: path.into(), manifest, layers, boot: boot_id() };
-        let dir = self.bundle_dir(&bundle.id);
-        // Until its record is there, only the lock tells it from what a killed process left.
+        let id = record::random_name();
+        let bundle = BundleRecord { id, path: path.into(), manifest, layers, boot: boot_id(), own: false };
+        self.put_bundle(&bundle, root)?;
+        Ok(bundle)
+    }
+
+    /// [`add_bundle`](Self::add_bundle), for a bundle in the store's own directory. When this process is killed, the next writer takes it
+    /// down.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn add_own_bundle(
+        &self,
+        manifest: Digest,
+        layers: Vec<LayerId>,
+        root: Option<&LayerGuard>,
+    ) -> Result<OwnBundle, StoreError> {
+        let id = record::random_name();
+        let lock = Lock::exclusive(&self.bundle_lock(&id))?;
+        let path = self.bundle_dir(&id).join("bundle");
+        let record = BundleRecord { id, path, manifest, layers, boot: boot_id(), own: true };
+        self.put_bundle(&record, root)?;
+        Ok(OwnBundle { record, _lock: lock })
+    }
+
+    fn put_bundle(&self, bundle: &BundleRecord, root: Option<&LayerGuard>) -> Result<(), StoreError> {
         let _lock = self.lock_bundles()?;
+        let dir = self.bundle_dir(&bundle.id);
         // The container's own root directory lies below; it may not belong to us.
         super::make_dir(&dir, 0o711)?;
         let upper = dir.join("upper");
@@ -55,8 +96,7 @@ impl Store {
             root_like(root.path(), &upper)?;
         }
         super::make_dir(&dir.join("work"), 0o700)?;
-        record::write(&dir.join("bundle.json"), &bundle)?;
-        Ok(bundle)
+        record::write(&dir.join("bundle.json"), bundle)
     }
 
     /// Where a bundle's writable layer and overlayfs' work directory are.
@@ -72,13 +112,24 @@ impl Store {
         Ok(self.bundles()?.into_iter().find(|bundle| bundle.path == path))
     }
 
-    /// The bundles of this boot.
+    /// The bundles that are in use: of this boot, and where they end with a process, of one that lives.
     ///
     /// # Errors
     /// [`StoreError`]
     pub fn bundles(&self) -> Result<Vec<BundleRecord>, StoreError> {
         let boot = boot_id();
-        Ok(self.all_bundles()?.into_iter().filter(|bundle| bundle.boot == boot).collect())
+        let mut bundles = Vec::new();
+        for bundle in self.all_bundles()? {
+            if bundle.boot == boot && !self.is_orphan(&bundle)? {
+                bundles.push(bundle);
+            }
+        }
+        Ok(bundles)
+    }
+
+    /// Whether the process that the bundle ends with has ended.
+    fn is_orphan(&self, bundle: &BundleRecord) -> Result<bool, StoreError> {
+        Ok(bundle.own && Lock::is_free(&self.bundle_lock(&bundle.id))?)
     }
 
     /// Forgets a bundle that is no longer mounted, with its writable layer.
@@ -90,7 +141,8 @@ impl Store {
         record::remove_tree(&dir.join("upper"))?;
         record::remove_tree(&dir.join("work"))?;
         // Its record goes with the directory, last.
-        record::remove_tree(&dir)
+        record::remove_tree(&dir)?;
+        record::remove(&self.bundle_lock(id)).map(drop)
     }
 
     pub(super) fn all_bundles(&self) -> Result<Vec<BundleRecord>, StoreError> {
@@ -101,77 +153,32 @@ impl Store {
         Ok(bundles)
     }
 
-    /// Makes an empty directory for a bundle that lasts no longer than the caller.
-    ///
-    /// # Errors
-    /// [`StoreError`]
-    pub fn run_dir(&self) -> Result<RunDir, StoreError> {
-        let name = format!("{RUN_PREFIX}{}", record::random_name());
-        let path = self.bundle_dir(&name);
-        let _lock = self.lock_bundles()?;
-        super::make_dir(&path, 0o700)?;
-        let lock = Lock::exclusive(&self.path(&["locks", &name]))?;
-        Ok(RunDir { store: self.clone(), path, lock: Some(lock) })
-    }
-
-    /// Removes what bundles of earlier boots, and half-made ones, left.
+    /// Removes bundles of earlier boots and of killed processes, and half-made ones.
     pub(super) fn remove_stale_bundles(&self) -> Result<(), StoreError> {
         let _lock = self.lock_bundles()?;
         let boot = boot_id();
-        for bundle in self.all_bundles()? {
-            if bundle.boot != boot {
-                self.remove_bundle(&bundle.id)?;
-            }
-        }
-        for name in record::list(&self.path(&["bundles"]))? {
-            let dir = self.bundle_dir(&name);
-            if dir.join("bundle.json").exists() || self.holds_bundle(&dir)? {
-                continue;
-            }
-            if !name.starts_with(RUN_PREFIX) {
-                record::remove_tree(&dir)?;
-            } else if let Some(lock) = Lock::try_exclusive(&self.path(&["locks", &name]))? {
-                record::remove_tree(&dir)?;
-                lock.remove();
+        for id in record::list(&self.path(&["bundles"]))? {
+            match record::read::<BundleRecord>(&self.bundle_dir(&id).join("bundle.json"))? {
+                None => self.remove_bundle(&id)?,
+                Some(bundle) if bundle.boot != boot => self.remove_bundle(&id)?,
+                Some(bundle) if self.is_orphan(&bundle)? => match crate::bundle::teardown(&bundle.path) {
+                    Ok(()) => self.remove_bundle(&id)?,
+                    Err(error) => {
+                        tracing::warn!(bundle = id, "a killed container's bundle cannot be taken down yet: {error}");
+                    }
+                },
+                Some(_) => record::remove_unfinished(&self.bundle_dir(&id))?,
             }
         }
         Ok(())
     }
 
-    /// Whether a bundle of this boot, which may be mounted, is in a directory.
-    fn holds_bundle(&self, dir: &Path) -> Result<bool, StoreError> {
-        Ok(self.bundles()?.iter().any(|bundle| bundle.path.starts_with(dir)))
-    }
-
     fn lock_bundles(&self) -> Result<Lock, StoreError> {
         Lock::exclusive(&self.path(&["locks", "bundles"]))
     }
-}
 
-/// A directory of [`Store::run_dir`]. It goes with this value, unless a bundle in it could not be unmounted.
-#[derive(Debug)]
-pub struct RunDir {
-    store: Store,
-    path: PathBuf,
-    lock: Option<Lock>,
-}
-
-impl RunDir {
-    /// The directory.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        // What stays is removed by `gc`, once it is not mounted.
-        if matches!(self.store.holds_bundle(&self.path), Ok(false))
-            && record::remove_tree(&self.path).is_ok()
-            && let Some(lock) = self.lock.take()
-        {
-            lock.remove();
-        }
+    fn bundle_lock(&self, id: &str) -> PathBuf {
+        self.path(&["locks", &format!("bundle-{id}")])
     }
 }
 
@@ -210,24 +217,19 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_of_a_run_lives_as_long_as_the_run_or_its_bundle() {
+    fn a_bundle_of_a_run_lives_no_longer_than_the_run() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path(), Marks::Trusted, true).unwrap();
-        let run = store.run_dir().unwrap();
-        let path = run.path().to_owned();
+        let own = store.add_own_bundle(Digest::sha256(b"m"), Vec::new(), None).unwrap();
+        let place = store.bundle_dir(&own.record().id);
         store.collect().unwrap();
-        assert!(path.exists(), "it is in use");
-        let bundle = store.add_bundle(&path.join("bundle"), Digest::sha256(b"m"), Vec::new(), None).unwrap();
-        drop(run);
+        assert!(place.exists(), "it is in use");
+        assert_eq!(store.bundles().unwrap(), [own.record().clone()]);
+        // As when the process is killed: only the lock goes.
+        drop(own);
+        assert_eq!(store.bundles().unwrap(), []);
         store.collect().unwrap();
-        assert!(path.exists(), "its bundle may be mounted");
-        store.remove_bundle(&bundle.id).unwrap();
-        store.collect().unwrap();
-        assert!(!path.exists());
-        let run = store.run_dir().unwrap();
-        let path = run.path().to_owned();
-        drop(run);
-        assert!(!path.exists());
+        assert!(!place.exists());
         assert_eq!(record::list(&store.path(&["locks"])).unwrap(), ["bundles", "names"]);
     }
 }

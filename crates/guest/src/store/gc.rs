@@ -26,6 +26,16 @@ pub struct Collected {
     pub busy: usize,
 }
 
+/// What [`Store::retire_layer`] did.
+enum Retired {
+    /// Somebody uses it right now.
+    Busy,
+    /// An image has it after all.
+    Used,
+    /// It is out of sight, in its staging directory.
+    Yes { lock: Lock, bytes: u64 },
+}
+
 impl Store {
     /// Removes a name, and the image with its last name.
     ///
@@ -57,39 +67,55 @@ impl Store {
         self.remove_stale_bundles()?;
         self.remove_nameless_images()?;
         let mut collected = Collected::default();
-        for name in record::list(&self.path(&["staging"]))? {
-            let Some(id) = LayerId::from_file_name(&name) else { continue };
-            if let Some(_lock) = Lock::try_exclusive(&self.layer_lock(&id))? {
-                record::remove_tree(&self.staging_dir(&id))?;
-                collected.staging += 1;
-            }
-        }
+        self.remove_stale_staging(&mut collected)?;
         let used = self.used_layers()?;
         for name in record::list(&self.path(&["layers"]))? {
             let Some(id) = LayerId::from_file_name(&name).filter(|id| !used.contains(id)) else { continue };
-            let Some(lock) = Lock::try_exclusive(&self.layer_lock(&id))? else {
-                collected.busy += 1;
-                continue;
-            };
-            // An image that has it may have come between our look and the lock; its pull held the layer until its record was there.
-            if self.used_layers()?.contains(&id) {
-                continue;
+            match self.retire_layer(&id)? {
+                Retired::Busy => collected.busy += 1,
+                Retired::Used => {}
+                Retired::Yes { lock, bytes } => {
+                    record::remove_tree(&self.staging_dir(&id))?;
+                    lock.remove();
+                    collected.bytes += bytes;
+                    collected.layers.push(id);
+                }
             }
-            collected.bytes += self.layer_record(&id)?.map_or(0, |layer| layer.applied.content_bytes);
-            self.remove_layer(&id)?;
-            collected.layers.push(id);
-            lock.remove();
         }
         Ok(collected)
     }
 
-    fn remove_layer(&self, id: &LayerId) -> Result<(), StoreError> {
-        let staging = self.staging_dir(id);
+    fn remove_stale_staging(&self, collected: &mut Collected) -> Result<(), StoreError> {
+        for name in record::list(&self.path(&["staging"]))? {
+            let Some(id) = LayerId::from_file_name(&name) else { continue };
+            let Some(lock) = Lock::try_exclusive(&self.layer_lock(&id))? else { continue };
+            record::remove_tree(&self.staging_dir(&id))?;
+            collected.staging += 1;
+            if !self.layer_dir(&id).exists() {
+                lock.remove();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a layer that nobody uses out of sight, by one rename; a kill from there on leaves a staging directory.
+    fn retire_layer(&self, id: &LayerId) -> Result<Retired, StoreError> {
+        // Whoever made a layer lets go of it for a moment while it becomes visible; this is not that moment.
+        let _retiring = Lock::exclusive(&self.retiring_lock())?;
+        let Some(lock) = Lock::try_exclusive(&self.layer_lock(id))? else { return Ok(Retired::Busy) };
+        // An image that has it may have come between our look and the lock; its pull held the layer until its record was there.
+        if self.used_layers()?.contains(id) {
+            return Ok(Retired::Used);
+        }
+        let (layer, staging) = (self.layer_dir(id), self.staging_dir(id));
+        if !layer.exists() {
+            // Another collector was faster.
+            return Ok(Retired::Used);
+        }
+        let bytes = self.layer_record(id)?.map_or(0, |layer| layer.applied.content_bytes);
         record::remove_tree(&staging)?;
-        // First out of sight, by one rename; a kill from here on leaves a staging directory.
-        let layer = self.layer_dir(id);
         std::fs::rename(&layer, &staging).map_err(super::io_error("retire layer", layer))?;
-        record::remove_tree(&staging)
+        Ok(Retired::Yes { lock, bytes })
     }
 
     fn remove_nameless_images(&self) -> Result<(), StoreError> {

@@ -190,6 +190,8 @@ impl Store {
             fs::write(&path, json).map_err(io_error("write", path))?;
         }
         self.sync()?;
+        // From the rename until the shared lock is held, the layer is nobody's: no collector may look meanwhile.
+        let _present = Lock::shared(&self.retiring_lock())?;
         let mut locks = Vec::with_capacity(layers.len());
         for (mut staging, layer) in layers {
             let place = self.layer_dir(&layer.id);
@@ -217,6 +219,11 @@ impl Store {
 
     pub(super) fn staging_dir(&self, id: &LayerId) -> PathBuf {
         self.path(&["staging", &id.file_name()])
+    }
+
+    /// Shared by those who make layers visible, exclusive for those who take them out of sight, and each only for that moment.
+    pub(super) fn retiring_lock(&self) -> PathBuf {
+        self.path(&["locks", "retiring"])
     }
 
     pub(super) fn layer_lock(&self, id: &LayerId) -> PathBuf {

@@ -38,6 +38,20 @@ impl Lock {
         Self::take(path, FlockOperation::NonBlockingLockExclusive)
     }
 
+    /// Whether nobody holds the lock now.
+    pub(super) fn is_free(path: &Path) -> Result<bool, StoreError> {
+        // One who made no lock, or whose lock went with what it protects, holds none.
+        if !path.exists() {
+            return Ok(true);
+        }
+        let file = File::open(path).map_err(io_error("open lock", path))?;
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(errno) => Err(io_error("lock", path)(errno.into())),
+        }
+    }
+
     fn take(path: &Path, how: FlockOperation) -> Result<Option<Self>, StoreError> {
         let failed = |errno: Errno| io_error("lock", path)(errno.into());
         loop {

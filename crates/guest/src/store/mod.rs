@@ -41,7 +41,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-pub use bundles::{BundleRecord, RunDir};
+pub use bundles::{BundleRecord, OwnBundle};
 pub use gc::{Collected, Removed};
 pub use images::{ImageRecord, RefRecord, StoredLayer};
 pub use layers::{Acquired, LayerGuard, LayerId, LayerRecord, Staging};
@@ -100,6 +100,14 @@ pub enum StoreError {
     NoImage {
         /// The name that was asked for.
         name: String,
+        /// The store.
+        path: PathBuf,
+    },
+    /// No bundle is there.
+    #[error("{}: no bundle of an image in {}", .bundle.display(), .path.display())]
+    NoBundle {
+        /// Where it should be.
+        bundle: PathBuf,
         /// The store.
         path: PathBuf,
     },
@@ -207,6 +215,16 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), StoreError> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error("make directory", path)(error)),
         _ => Ok(()),
     }
+}
+
+/// Whether a directory lies in memory: the name of its filesystem.
+///
+/// # Errors
+/// [`StoreError::Io`]: there is no such directory.
+pub fn memory_filesystem(dir: &Path) -> Result<Option<&'static str>, StoreError> {
+    let fd = rustix::fs::open(dir, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| io_error("open the directory", dir)(errno.into()))?;
+    in_memory(&fd, dir)
 }
 
 fn in_memory(fd: &OwnedFd, root: &Path) -> Result<Option<&'static str>, StoreError> {

@@ -111,7 +111,7 @@ pub enum SchemeError {
     #[error("{0}")]
     Opened(Box<CryptError>),
     /// The key-encryption key was not released.
-    #[error("the key-encryption key: {0}")]
+    #[error("the key-encryption key: {}", with_causes(.0))]
     KeySource(KeySourceError),
     /// The key-encryption key has a wrong length.
     #[error("the key-encryption key {uri} has {found} bytes; 32 are needed")]
@@ -156,6 +156,20 @@ impl SchemeError {
     pub(crate) fn malformed(problem: impl Into<String>) -> Self {
         Self::Malformed(problem.into())
     }
+}
+
+/// An error with its causes: in a list of attempts, nobody follows the sources of each.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 fn list(attempts: &[Attempt]) -> String {

@@ -1,0 +1,280 @@
+//! The broker by the command line: made, administered by its files and by its address, and asked for a key by a guest that it
+//! expects, and by one that it does not.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    process::{Child, Command, Stdio},
+};
+
+use nacre_registry::Registry;
+use nacre_testkit::{root, run};
+use serde_json::{Value, json};
+
+use crate::support::{Place, assert_refused, runnable, said};
+
+/// `nacre broker serve`, ended with the value.
+struct Served {
+    child: Child,
+    url: String,
+}
+
+impl Served {
+    fn start(place: &Place) -> Self {
+        let arguments = ["broker", "serve", "--listen", "127.0.0.1:0", "--dir", &place.text("broker")];
+        let mut child = place.nacre("unused", &arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().strip_prefix("serving at ").unwrap().to_owned();
+        assert!(url.starts_with("https://"), "{url}");
+        Self { child, url }
+    }
+
+    /// It ends by SIGTERM, in its own way.
+    fn end(mut self) {
+        run(Command::new("kill").arg(self.child.id().to_string()));
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn init(place: &Place) {
+    let output = run(&mut place.nacre(
+        "unused",
+        &["broker", "init", "--allow-simulated", "--name", "127.0.0.1", "--dir", &place.text("broker")],
+    ));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("admin.key"));
+    for secret in ["admin.key", "token.key", "master.key"] {
+        let path = place.at("broker").join(secret);
+        if path.exists() {
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o077, 0, "{secret}");
+        }
+    }
+}
+
+/// `nacre broker …` on the files, or at an address.
+fn admin(place: &Place, url: Option<&str>, arguments: &[&str]) -> Command {
+    let mut command = place.nacre("unused", &["broker"]);
+    command.args(arguments).args(["--dir", &place.text("broker")]);
+    if let Some(url) = url {
+        command.args(["--url", url]);
+    }
+    command
+}
+
+fn text(command: &mut Command) -> String {
+    String::from_utf8(run(command).stdout).unwrap()
+}
+
+/// Everything that an administrator does, the same in both ways.
+fn administer(place: &Place, url: Option<&str>) {
+    let secret = place.write("secret", "s3cret");
+    let put = |path: &str| run(&mut admin(place, url, &["resource", "put", path, &secret]));
+    put("one/key/1");
+    put("two/key/1");
+    assert_eq!(text(&mut admin(place, url, &["resource", "ls"])), "one/key/1\ntwo/key/1\n");
+    run(&mut admin(place, url, &["resource", "rm", "two/key/1"]));
+    let listed: Value = serde_json::from_str(&text(&mut admin(place, url, &["resource", "ls", "--json"]))).unwrap();
+    assert_eq!(listed, json!(["one/key/1"]));
+    for (arguments, code) in [
+        (&["resource", "rm", "no/such/thing"][..], 4),
+        (&["resource", "put", "not-a-path", &secret], 2),
+        (&["resource", "put", "a/b/c", "/no/such/file"], 5),
+        (&["reference", "show", "no.such"], 4),
+        (&["policy", "show-resource", "--scope", "nowhere"], 4),
+        (&["policy", "set-resource", &secret], 2),
+    ] {
+        let output = admin(place, url, arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{url:?} {arguments:?}: {}", said(&output));
+    }
+    let policy = "package policy\nimport rego.v1\ndefault allow := false\n";
+    let file = place.write("policy.rego", policy);
+    run(&mut admin(place, url, &["policy", "set-resource", "--scope", "closed", &file]));
+    assert_eq!(text(&mut admin(place, url, &["policy", "show-resource", "--scope", "closed"])), policy);
+    assert!(text(&mut admin(place, url, &["policy", "show-resource"])).contains("default allow := false"));
+    run(&mut admin(place, url, &["reference", "set", "sim.svn", "7", "8", "--expires", "2099-01-01T00:00:00Z"]));
+    let shown: Value = serde_json::from_str(&text(&mut admin(place, url, &["reference", "show", "sim.svn"]))).unwrap();
+    assert_eq!(shown, json!(["7", "8"]));
+    let entries: Value = serde_json::from_str(&text(&mut admin(place, url, &["audit", "--json"]))).unwrap();
+    let entries = entries.as_array().unwrap();
+    assert!(entries.len() >= 5, "{entries:?}");
+    let last = entries.len().to_string();
+    assert_eq!(text(&mut admin(place, url, &["audit", "--json", "--after", &last])).trim(), "[]");
+    assert!(text(&mut admin(place, url, &["audit"])).starts_with("NUMBER"));
+    assert_eq!(text(&mut admin(place, url, &["token"])).trim().split('.').count(), 3);
+}
+
+#[test]
+fn a_broker_is_administered_by_its_files() {
+    let place = Place::new();
+    init(&place);
+    let again = place.nacre("unused", &["broker", "init", "--dir", &place.text("broker")]).output().unwrap();
+    assert_eq!(again.status.code(), Some(6), "{}", said(&again));
+    administer(&place, None);
+}
+
+#[test]
+fn a_broker_is_administered_by_its_address() {
+    let place = Place::new();
+    init(&place);
+    let served = Served::start(&place);
+    administer(&place, Some(&served.url));
+    // Its files are its own meanwhile.
+    let output = admin(&place, None, &["resource", "ls"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(6), "{}", said(&output));
+    assert!(said(&output).contains("--url"), "{}", said(&output));
+    // Another administrator's key opens nothing.
+    let stranger = place.text("stranger.key");
+    run(&mut place.nacre("unused", &["attest", "sim-key", &stranger]));
+    let output = admin(&place, Some(&served.url), &["resource", "ls", "--admin-key", &stranger]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    served.end();
+    run(&mut admin(&place, None, &["resource", "ls"]));
+}
+
+/// An image in a registry, encrypted with a key at a broker, and what a guest needs to get at it.
+struct Scene {
+    place: Place,
+    registry: Registry,
+    served: Served,
+}
+
+impl Scene {
+    const KEY: &str = "default/image-key/app";
+
+    fn new() -> Self {
+        let (place, registry) = (Place::new(), Registry::memory().unwrap());
+        init(&place);
+        let served = Served::start(&place);
+        let scene = Self { place, registry, served };
+        let key = scene.place.write("image.key", nacre_testkit::Rng::new(42).bytes(32));
+        scene.admin(&["resource", "put", Self::KEY, &key]);
+        let platform =
+            text(&mut scene.place.nacre("unused", &["attest", "sim-key", &scene.place.text("platform.key")]));
+        let platform = scene.place.write("platform.pub", platform);
+        scene.admin(&["trust-sim", &platform]);
+        scene.init_data("one");
+        runnable(&scene.place, "cat /second").write_layout(&scene.place.at("layout"), "v1");
+        let recipient =
+            format!("provider:attestation-agent:keyid=kbs:///{}::keypath={key}::algorithm=A256GCM", Self::KEY);
+        let source = format!("oci:{}:v1", scene.place.text("layout"));
+        let copy =
+            ["image", "copy", "--quiet", "--insecure-registry", "--encrypt", &recipient, &source, &scene.image()];
+        run(&mut scene.place.nacre("unused", &copy));
+        scene
+    }
+
+    fn admin(&self, arguments: &[&str]) {
+        run(&mut admin(&self.place, Some(&self.served.url), arguments));
+    }
+
+    fn image(&self) -> String {
+        format!("docker://{}/t/secret:1", self.registry.host())
+    }
+
+    /// Writes init data, and gives their digest.
+    fn init_data(&self, content: &str) -> String {
+        let data = format!("algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n\"note\" = '{content}'\n");
+        let path = self.place.write("initdata.toml", data);
+        text(&mut self.place.nacre("unused", &["attest", "init-data", &path])).trim().to_owned()
+    }
+
+    fn guest(&self, arguments: &[&str]) -> Command {
+        let mut command = self.place.nacre("store", arguments);
+        command.args(["--broker", &self.served.url]);
+        for (flag, file) in [
+            ("--broker-cert", "broker/tls.crt"),
+            ("--broker-token-key", "broker/token.pub"),
+            ("--sim-platform-key", "platform.key"),
+            ("--init-data", "initdata.toml"),
+        ] {
+            command.args([flag, &self.place.text(file)]);
+        }
+        command
+    }
+
+    fn pull(&self) -> Command {
+        self.guest(&["image", "pull", "--quiet", "--insecure-policy", "--insecure-registry", &self.image()])
+    }
+}
+
+#[test]
+fn a_key_is_released_to_the_guest_that_is_expected_and_to_no_other() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    // Nobody said yet what is expected.
+    assert_refused(&scene.pull().output().unwrap(), &["executables"]);
+    let other = scene.place.write("program", "another program");
+    for (program, expected) in [(other.as_str(), false), (env!("CARGO_BIN_EXE_nacre"), true)] {
+        let measurement = text(&mut scene.place.nacre("unused", &["attest", "measure", program]));
+        scene.admin(&["reference", "set", "sim.measurement", measurement.trim()]);
+        let output = scene.pull().output().unwrap();
+        if expected {
+            assert!(output.status.success(), "{}", said(&output));
+        } else {
+            assert_refused(&output, &["executables", &measurement_of_us()[..24]]);
+            scene.place.assert_empty("store");
+        }
+    }
+    let options = ["--insecure-policy", "--insecure-registry", &scene.image()];
+    let output = run(scene.guest(&["run", "--quiet"]).args(options));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "zstd\n");
+    assert_eq!(text(&mut scene.guest(&["attest", "token"])).trim().split('.').count(), 3);
+
+    // Init data that are expected, and others.
+    let digest = scene.init_data("one");
+    scene.admin(&["reference", "set", "sim.init_data", &digest]);
+    run(&mut scene.pull());
+    scene.init_data("two");
+    // The layers are in the store, and still their key is asked for.
+    assert_refused(&scene.pull().output().unwrap(), &["configuration"]);
+    scene.init_data("one");
+
+    let audit = text(&mut admin(&scene.place, Some(&scene.served.url), &["audit"]));
+    for part in ["attested (simulated)", "released (simulated)", "release refused (simulated)", Scene::KEY] {
+        assert!(audit.contains(part), "'{part}' is not in: {audit}");
+    }
+
+    // A broker that cannot be reached is another matter than one that refuses.
+    let mut command = scene.pull();
+    let mut scene = scene;
+    scene.served.child.kill().unwrap();
+    scene.served.child.wait().unwrap();
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+}
+
+fn measurement_of_us() -> String {
+    let digest = nacre_attest::sim::measure(env!("CARGO_BIN_EXE_nacre").as_ref()).unwrap();
+    digest.hex()
+}
+
+#[test]
+fn a_broker_with_another_certificate_or_token_key_is_not_asked() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    let measurement = measurement_of_us();
+    scene.admin(&["reference", "set", "sim.measurement", &measurement]);
+    let other = Place::new();
+    init(&other);
+    for file in ["broker/tls.crt", "broker/token.pub"] {
+        let kept = fs::read(scene.place.at(file)).unwrap();
+        fs::copy(other.at(file), scene.place.at(file)).unwrap();
+        let output = scene.pull().output().unwrap();
+        assert!([Some(3), Some(5)].contains(&output.status.code()), "{file}: {}", said(&output));
+        assert!(said(&output).contains("pinned"), "{file}: {}", said(&output));
+        fs::File::create(scene.place.at(file)).unwrap().write_all(&kept).unwrap();
+    }
+    run(&mut scene.pull());
+}
