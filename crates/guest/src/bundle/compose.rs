@@ -315,6 +315,10 @@ fn unmount_all(path: &Path) -> Result<(), FsError> {
     Ok(())
 }
 
+/// How often, and how far apart, [`teardown`] looks for what an orphaned runtime still writes: 2 s in all.
+const TIDY_ROUNDS: u32 = 100;
+const TIDY_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Takes a bundle apart: ends a container that outlived whoever ran it, unmounts its root filesystem and removes what a composition made in it, with the changes of its container
 /// where those are in the bundle. Files of others stay, and then the directory too. A bundle that is not there, or that somebody
 /// began to take apart, is taken apart all the same.
@@ -339,8 +343,24 @@ pub fn teardown(bundle: &Path) -> Result<(), ComposeError> {
             return Err(ComposeError::InUse(bundle.to_owned()));
         }
     }
-    gone("remove", &private, fs::remove_dir_all(&private))?;
-    for path in [&rootfs, bundle] {
+    // A runtime whose caller was killed tidies up after its container in its own time, and may make its state directory once more.
+    for _ in 0..TIDY_ROUNDS {
+        remove_made(bundle, &rootfs, &private)?;
+        if !private.exists() {
+            break;
+        }
+        std::thread::sleep(TIDY_PAUSE);
+    }
+    Ok(())
+}
+
+fn remove_made(bundle: &Path, rootfs: &Path, private: &Path) -> Result<(), ComposeError> {
+    match fs::remove_dir_all(private) {
+        // Somebody writes there right now.
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => return Ok(()),
+        result => gone("remove", private, result)?,
+    }
+    for path in [rootfs, bundle] {
         match fs::remove_dir(path) {
             // Somebody else's files.
             Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => {
