@@ -68,7 +68,7 @@ impl Daemon {
         for (number, field) in fields.iter().enumerate() {
             payload.push(u8::try_from(number + 1).unwrap() << 3 | 2);
             assert!(field.len() < 1 << 14);
-            payload.extend([(field.len() & 0x7f | 0x80) as u8, (field.len() >> 7) as u8]);
+            payload.extend([field.len() & 0x7f | 0x80, field.len() >> 7].map(|byte| u8::try_from(byte).unwrap()));
             payload.extend_from_slice(field);
         }
         let client = ttrpc::Client::connect(&format!("unix://{}", self.socket.display())).map_err(|e| e.to_string())?;
