@@ -383,4 +383,14 @@ fn an_encrypted_layer_needs_its_key_although_it_is_stored() {
     let service = guest.service();
     let name = service.images().store().names().unwrap().remove(0);
     assert!(matches!(service.images().open(&name), Err(PullError::Key { .. })));
+    // Nor may a plain image have it that names its diff_id: it has to bring the layer itself.
+    let thief = Image::builder().stored_layer(BuiltLayer {
+        media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+        bytes: b"not the layer".to_vec(),
+        digest: Digest::sha256(b"not the layer"),
+        diff_id: Digest::sha256(layer.tar()),
+    });
+    guest.push(&thief.build(), "3");
+    let error = guest.pull("3").unwrap_err();
+    assert!(matches!(error, ServiceError::Pull(PullError::Layer { index: 0, .. })), "{error}");
 }

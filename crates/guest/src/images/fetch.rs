@@ -41,12 +41,21 @@ impl Plan {
         Self { index, descriptor: descriptor.clone(), diff_id, key }
     }
 
+    /// The layer's name in the store.
+    fn id(&self) -> LayerId {
+        match &self.key {
+            Some((secret, _)) => LayerId::Sealed(secret.bind(&self.diff_id)),
+            None => LayerId::Content(self.diff_id),
+        }
+    }
+
     pub(super) fn stored(&self) -> StoredLayer {
         StoredLayer {
             digest: self.descriptor.digest,
             size: self.descriptor.size,
             media_type: self.descriptor.media_type.clone(),
             diff_id: self.diff_id,
+            id: self.id(),
         }
     }
 
@@ -55,7 +64,7 @@ impl Plan {
     }
 }
 
-/// Brings all layers into the store, each diff_id once. Gives guards in the order of `plans`, and how many were fetched.
+/// Brings all layers into the store, each once. Gives guards in the order of `plans`, and how many were fetched.
 ///
 /// The admission is the licence to do so; the caller made `plans` of the manifest that it names.
 pub(super) fn layers(
@@ -98,11 +107,11 @@ pub(super) fn layers(
     Ok((present.into_iter().map(|(_, guard)| guard).collect(), count))
 }
 
-/// Each diff_id once, the largest blob first: the last thread to end should end early.
+/// Each layer once, the largest blob first: the last thread to end should end early.
 fn work(plans: &[Plan]) -> Vec<&Plan> {
     let mut todo: Vec<&Plan> = Vec::new();
     for plan in plans {
-        if !todo.iter().any(|other| other.diff_id == plan.diff_id) {
+        if !todo.iter().any(|other| other.id() == plan.id()) {
             todo.push(plan);
         }
     }
@@ -146,7 +155,7 @@ impl Job<'_> {
     }
 
     fn layer(&self, plan: &Plan) -> Result<Layer, PullError> {
-        let id = LayerId::Content(plan.diff_id);
+        let id = plan.id();
         let task = self.images.progress.begin(&plan.descriptor.digest.short(), Some(plan.descriptor.size));
         let staging = match self.images.store.acquire(&id)? {
             Acquired::Present(guard) => {

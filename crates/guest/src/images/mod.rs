@@ -19,7 +19,7 @@ use nacre_oci::{
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use crate::store::{ImageRecord, LayerGuard, LayerId, RefRecord, Store, StoreError, StoredLayer};
+use crate::store::{ImageRecord, LayerGuard, RefRecord, Store, StoreError, StoredLayer};
 pub use error::PullError;
 use recorded::Recorder;
 pub use recorded::Recording;
@@ -350,8 +350,7 @@ fn in_order(layers: &[StoredLayer], guards: Vec<LayerGuard>) -> Vec<LayerGuard> 
     let mut guards: Vec<Option<LayerGuard>> = guards.into_iter().map(Some).collect();
     let mut ordered: Vec<LayerGuard> = Vec::new();
     for layer in layers.iter().rev() {
-        let id = LayerId::Content(layer.diff_id);
-        let slot = guards.iter_mut().find(|slot| slot.as_ref().is_some_and(|guard| *guard.id() == id));
+        let slot = guards.iter_mut().find(|slot| slot.as_ref().is_some_and(|guard| *guard.id() == layer.id));
         ordered.extend(slot.and_then(Option::take));
     }
     ordered.reverse();

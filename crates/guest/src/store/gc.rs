@@ -137,7 +137,7 @@ impl Store {
     fn used_layers(&self) -> Result<Vec<LayerId>, StoreError> {
         let mut used: Vec<LayerId> = Vec::new();
         for image in self.images()? {
-            used.extend(image.layers.iter().map(|layer| LayerId::Content(layer.diff_id)));
+            used.extend(image.layers.iter().map(|layer| layer.id));
             used.extend(image.stack);
         }
         used.extend(self.bundles()?.into_iter().flat_map(|bundle| bundle.layers));

@@ -20,8 +20,10 @@ pub struct StoredLayer {
     pub size: u64,
     /// Its media type.
     pub media_type: String,
-    /// Digest of the uncompressed tar: the layer's name in the store.
+    /// Digest of the uncompressed tar.
     pub diff_id: Digest,
+    /// The layer's name in the store.
+    pub id: LayerId,
 }
 
 /// An image in the store.

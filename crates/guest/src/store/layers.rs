@@ -13,11 +13,14 @@ use super::{Lock, Store, StoreError, io_error, record};
 
 /// The name of a directory of the store that is stacked in overlay mounts.
 ///
-/// Two name spaces, so that no image can claim a derived directory as a layer of its own.
+/// Three name spaces, so that no image can claim as a layer of its own what was derived, or what only a key opened: a plain image that
+/// names the diff_id of somebody's encrypted layer has to bring that layer itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LayerId {
     /// A layer of an image, by the digest of its uncompressed tar (diff_id).
     Content(Digest),
+    /// A layer that came encrypted, by its diff_id bound to its key ([`nacre_oci::crypt::LayerSecret::bind`]).
+    Sealed(Digest),
     /// What one layer needs on top of it where it lies on certain others, by the digest of all their names
     /// (`nacre_oci::unpack::adjust`).
     Derived(Digest),
@@ -30,16 +33,18 @@ impl LayerId {
         Self::Derived(Digest::sha256(names.join(" ").as_bytes()))
     }
 
-    /// As a file's name: `sha256-<hex>`, `derived-sha256-<hex>`.
+    /// As a file's name: `sha256-<hex>`, `sealed-sha256-<hex>`, `derived-sha256-<hex>`.
     pub(super) fn file_name(&self) -> String {
         self.to_string().replace(':', "-")
     }
 
     /// What a file's name says; `None` for what is no such name.
     pub(super) fn from_file_name(name: &str) -> Option<Self> {
-        match name.strip_prefix("derived-") {
-            Some(rest) => rest.replacen('-', ":", 1).parse().ok().map(Self::Derived),
-            None => name.replacen('-', ":", 1).parse().ok().map(Self::Content),
+        let digest = |rest: &str| rest.replacen('-', ":", 1).parse().ok();
+        match name.split_once('-') {
+            Some(("derived", rest)) => digest(rest).map(Self::Derived),
+            Some(("sealed", rest)) => digest(rest).map(Self::Sealed),
+            _ => digest(name).map(Self::Content),
         }
     }
 }
@@ -48,6 +53,7 @@ impl std::fmt::Display for LayerId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Content(digest) => write!(f, "{digest}"),
+            Self::Sealed(digest) => write!(f, "sealed:{digest}"),
             Self::Derived(digest) => write!(f, "derived:{digest}"),
         }
     }

@@ -202,6 +202,14 @@ impl LayerSecret {
         &self.digest
     }
 
+    /// A name for the layer of this diff_id under this key: HMAC-SHA256 of the diff_id with the key, which tells nothing of it. Two
+    /// layers have one name only where both the content and the key are the same.
+    pub fn bind(&self, diff_id: &Digest) -> Digest {
+        let tag = hmac::sign(&mac_key(&self.key), format!("nacre stored layer {diff_id}").as_bytes());
+        // The name is a hash of the tag, since the key's MAC over a ciphertext is public.
+        Digest::sha256(tag.as_ref())
+    }
+
     /// Starts to decrypt the layer.
     ///
     /// # Errors
