@@ -9,7 +9,7 @@ use nacre_oci::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{LayerId, Lock, Store, StoreError, record};
+use super::{LayerId, Lock, Store, StoreError, io_error, record};
 
 /// A layer of a stored image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,10 +77,15 @@ impl Store {
         let _lock = self.lock_names()?;
         let dir = self.image_dir(&image.manifest);
         super::make_dir(&dir, 0o700)?;
-        record::write_atomically(&dir.join("manifest.json"), manifest.bytes())?;
-        record::write_atomically(&dir.join("config.json"), config)?;
-        // Last: an image is there when this is.
-        record::write(&dir.join("image.json"), image)?;
+        if self.image(&image.manifest)?.as_ref() == Some(image) {
+            // Whoever wrote it may have been killed before its name was synced.
+            record::sync_dir(&dir).map_err(io_error("sync", dir))?;
+        } else {
+            record::write_atomically(&dir.join("manifest.json"), manifest.bytes())?;
+            record::write_atomically(&dir.join("config.json"), config)?;
+            // Last: an image is there when this is.
+            record::write(&dir.join("image.json"), image)?;
+        }
         record::write(&self.ref_path(&name.name), name)
     }
 
