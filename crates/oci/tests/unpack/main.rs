@@ -1,6 +1,9 @@
 //! Layers become the trees that umoci makes of them, and nothing else becomes anything.
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+mod forms;
+mod unprivileged;
+
 use std::{
     ffi::CString,
     fs::{self, File},
