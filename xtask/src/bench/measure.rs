@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::TimeVal,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::run::{output, run};
@@ -27,18 +30,16 @@ struct Spec {
 pub(crate) struct Sample {
     /// Until everything was durable.
     pub(crate) seconds: f64,
+    /// CPU seconds of the commands in user mode, and in the kernel.
+    pub(crate) user: f64,
+    pub(crate) system: f64,
     /// The largest resident set of any process of the commands.
     pub(crate) peak_mib: f64,
 }
 
-/// Runs the commands with cold caches; what they write below `directory` is durable in the end.
+/// Runs the commands; what they write below `directory` is durable in the end.
 pub(crate) fn measure(directory: &Path, commands: &[Vec<String>]) -> Result<Sample> {
-    cold()?;
-    warm_measure(directory, commands)
-}
-
-/// The same, with the caches as they are.
-pub(crate) fn warm_measure(directory: &Path, commands: &[Vec<String>]) -> Result<Sample> {
+    run(&mut Command::new("sync"))?; // what others wrote before is not our account's
     let file = tempfile::NamedTempFile::new()?;
     let log = tempfile::NamedTempFile::new()?;
     let spec = Spec { commands: commands.to_vec(), sync: directory.to_owned(), log: log.path().to_owned() };
@@ -47,13 +48,6 @@ pub(crate) fn warm_measure(directory: &Path, commands: &[Vec<String>]) -> Result
     let answer = output(Command::new(this).arg("measure").arg(file.path()))
         .with_context(|| fs::read_to_string(log.path()).unwrap_or_default())?;
     Ok(serde_json::from_str(&answer)?)
-}
-
-/// Writes everything out and drops the page cache, where we may.
-fn cold() -> Result<()> {
-    run(&mut Command::new("sync"))?;
-    let _ = fs::write("/proc/sys/vm/drop_caches", "3"); // not root: all candidates are as warm
-    Ok(())
 }
 
 /// The process that measures.
@@ -74,6 +68,8 @@ pub(crate) fn child(path: &Path) -> Result<()> {
     run(Command::new("sync").arg("-f").arg(&spec.sync))?;
     let seconds = start.elapsed().as_secs_f64();
     let kib = i32::try_from(account.max_rss()).context("no sensible peak")?;
-    println!("{}", serde_json::to_string(&Sample { seconds, peak_mib: f64::from(kib) / 1024.0 })?);
+    let cpu = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    let (user, system) = (cpu(account.user_time()), cpu(account.system_time()));
+    println!("{}", serde_json::to_string(&Sample { seconds, user, system, peak_mib: f64::from(kib) / 1024.0 })?);
     Ok(())
 }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use super::{
     Case,
     image::{self, ENCRYPTED, GZIP, Images, MANY, ZSTD},
-    measure::{Sample, measure, warm_measure},
+    measure::{Sample, measure},
     median,
     registry::Registry,
 };
@@ -64,7 +64,6 @@ pub(crate) fn pull(options: &Options) -> Result<()> {
     let images = image::prepare(&place, options.image_mb)?;
     let registry = Registry::start(&place.join(format!("registry-{}", options.image_mb)))?;
     image::push(&images, &registry.host)?;
-    let containerd = if options.only_ours { None } else { Containerd::start(&place)? };
 
     let policy = place.join("policy.json");
     fs::write(&policy, r#"{"default":[{"type":"insecureAcceptAnything"}]}"#)?;
@@ -75,45 +74,83 @@ pub(crate) fn pull(options: &Options) -> Result<()> {
         }
     }
     if !options.only_ours {
-        candidates.extend(peers(&registry, containerd.as_ref()));
+        candidates.extend(peers(&registry, &policy));
     }
-    let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
-    for round in 1..=options.rounds {
-        for candidate in &candidates {
-            let directory = place.join("run");
-            clear(&directory)?;
-            fs::create_dir_all(&directory)?;
-            let sample =
-                measure(&directory, &(candidate.commands)(&directory)).with_context(|| candidate.name.clone())?;
-            eprintln!("round {round}: {:<16} {:>7.2} s {:>8.1} MiB", candidate.name, sample.seconds, sample.peak_mib);
-            samples.entry(candidate.name.clone()).or_default().push(sample);
-            if candidate.name == ours_name(GZIP) {
-                again(candidate, &directory, &registry, &mut samples)?;
-            }
-            if let Some(containerd) = &containerd {
-                containerd.forget()?;
-            }
-            clear(&directory)?;
-        }
-    }
+    let samples = rounds(options, &Runs::new(&place)?, &registry, &candidates)?;
     report(options, &samples)
 }
 
+/// Where measurements write to. Each has a new directory, and none is removed before the last one is done: ext4 passes over inodes that
+/// were freed in the last minutes one by one, so that removing the last store would slow down who makes files next.
+struct Runs(PathBuf);
+
+impl Runs {
+    fn new(place: &Path) -> Result<Self> {
+        let directory = place.join("run");
+        clear(&directory)?;
+        Ok(Self(directory))
+    }
+
+    fn directory(&self, round: usize, number: usize) -> Result<PathBuf> {
+        let directory = self.0.join(format!("{round}-{number}"));
+        fs::create_dir_all(&directory)?;
+        Ok(directory)
+    }
+}
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        let _ = clear(&self.0);
+    }
+}
+
+fn rounds(
+    options: &Options,
+    runs: &Runs,
+    registry: &Registry,
+    candidates: &[Candidate],
+) -> Result<BTreeMap<String, Vec<Sample>>> {
+    let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
+    for round in 1..=options.rounds {
+        for (number, candidate) in candidates.iter().enumerate() {
+            let directory = runs.directory(round, number)?;
+            let daemon = if candidate.name == CONTAINERD { Some(Containerd::start(&directory)?) } else { None };
+            registry.warm()?;
+            let sample =
+                measure(&directory, &(candidate.commands)(&directory)).with_context(|| candidate.name.clone())?;
+            drop(daemon);
+            let Sample { seconds, user, system, peak_mib } = sample;
+            eprintln!(
+                "round {round}: {:<16} {seconds:>6.2} s   user {user:>6.2}   system {system:>6.2} {peak_mib:>7.1} MiB",
+                candidate.name
+            );
+            samples.entry(candidate.name.clone()).or_default().push(sample);
+            if candidate.name == ours_name(GZIP) {
+                again(candidate, &directory, registry, &mut samples)?;
+            }
+        }
+    }
+    Ok(samples)
+}
+
 fn report(options: &Options, samples: &BTreeMap<String, Vec<Sample>>) -> Result<()> {
-    let seconds = |name: &str| median(samples.get(name)?.iter().map(|sample| sample.seconds).collect());
+    let seconds = |name: &str| -> Vec<f64> {
+        samples.get(name).map(|samples| samples.iter().map(|sample| sample.seconds).collect()).unwrap_or_default()
+    };
     let peak = |name: &str| samples.get(name)?.iter().map(|sample| sample.peak_mib).max_by(f64::total_cmp);
     let plain = seconds(&ours_name(GZIP));
+    let again = median(seconds(AGAIN)).map(|seconds| seconds * 1000.0);
     let cases = [
-        Case::against("pull vs skopeo copy + umoci unpack", plain, seconds(SKOPEO_UMOCI), 0.3),
-        Case::against("pull vs buildah pull", plain, seconds(BUILDAH), 0.4),
-        Case::against("pull vs ctr image pull", plain, seconds(CONTAINERD), 0.5),
-        Case::against("encrypted vs plain, both ours", seconds(&ours_name(ENCRYPTED)), plain, 1.2),
-        Case::against("zstd vs gzip, both ours", seconds(&ours_name(ZSTD)), plain, 0.8),
+        Case::against("pull vs skopeo copy + umoci unpack", &plain, &seconds(SKOPEO_UMOCI), 0.3),
+        Case::against("pull vs buildah pull", &plain, &seconds(BUILDAH), 0.4),
+        Case::against("pull vs ctr image pull", &plain, &seconds(CONTAINERD), 0.5),
+        Case::against("encrypted vs plain, both ours", &seconds(&ours_name(ENCRYPTED)), &plain, 1.2),
+        Case::against("zstd vs gzip, both ours", &seconds(&ours_name(ZSTD)), &plain, 0.8),
         Case::bounded("peak memory", peak(&ours_name(GZIP)), "MiB", 100.0),
         Case::bounded("peak memory, zstd", peak(&ours_name(ZSTD)), "MiB", 100.0),
         Case::bounded("peak memory, encrypted", peak(&ours_name(ENCRYPTED)), "MiB", 100.0),
         Case::bounded("peak memory, 64 layers", peak(&ours_name(MANY)), "MiB", 100.0),
-        Case::bounded("pull of a stored image, without the answer", seconds(AGAIN).map(|s| s * 1000.0), "ms", 50.0),
+        Case::bounded("pull of a stored image, without the answer", again, "ms", 50.0),
     ];
     for name in [SKOPEO_UMOCI, BUILDAH, CONTAINERD] {
         if !options.only_ours && !samples.contains_key(name) {
@@ -169,8 +206,8 @@ fn again(
 ) -> Result<()> {
     for _ in 0..5 {
         // `sync` of a disk that others write to would be measured too, so this one goes by a file system without any.
-        let sample = warm_measure(Path::new("/proc"), &(candidate.commands)(directory))?;
-        let idle = warm_measure(Path::new("/proc"), &[vec!["true".to_owned()]])?;
+        let sample = measure(Path::new("/proc"), &(candidate.commands)(directory))?;
+        let idle = measure(Path::new("/proc"), &[vec!["true".to_owned()]])?;
         let answer = registry.answer("bench", GZIP)?.as_secs_f64();
         let seconds = (sample.seconds - idle.seconds - answer).max(0.0);
         samples.entry(AGAIN.to_owned()).or_default().push(Sample { seconds, ..sample });
@@ -178,7 +215,7 @@ fn again(
     Ok(())
 }
 
-fn peers(registry: &Registry, containerd: Option<&Containerd>) -> Vec<Candidate> {
+fn peers(registry: &Registry, policy: &Path) -> Vec<Candidate> {
     let reference = format!("{}/bench:{GZIP}", registry.host);
     let mut found = Vec::new();
     let source = reference.clone();
@@ -196,18 +233,19 @@ fn peers(registry: &Registry, containerd: Option<&Containerd>) -> Vec<Candidate>
     }
     let source = reference.clone();
     if find("buildah").is_some() {
+        let policy = policy.display().to_string();
         let commands = move |directory: &Path| {
             let at = directory.display();
             let stores = format!("--root {at}/root --runroot {at}/runroot --storage-driver overlay");
             vec![words(&format!(
-                "buildah {stores} pull -q --tls-verify=false --signature-policy {at}/../policy.json docker://{source}"
+                "buildah {stores} pull -q --tls-verify=false --signature-policy {policy} docker://{source}"
             ))]
         };
         found.push(Candidate { name: BUILDAH.into(), commands: Box::new(commands) });
     }
-    if let Some(containerd) = containerd {
-        let socket = containerd.socket();
-        let commands = move |_: &Path| {
+    if find("containerd").is_some() && find("ctr").is_some() {
+        let commands = move |directory: &Path| {
+            let socket = Containerd::socket(directory);
             vec![words(&format!(
                 "ctr -a {} image pull --plain-http --snapshotter overlayfs {reference}",
                 socket.display()
@@ -218,63 +256,41 @@ fn peers(registry: &Registry, containerd: Option<&Containerd>) -> Vec<Candidate>
     found
 }
 
-/// A containerd of our own, with its state beside the stores of the others. Its memory is not measured: it is the daemon's.
-struct Containerd {
-    child: Child,
-    directory: PathBuf,
-}
+/// A containerd of our own, with its state where the others have theirs. Its memory and time are not measured: they are the daemon's.
+struct Containerd(Child);
 
 impl Containerd {
-    fn start(place: &Path) -> Result<Option<Self>> {
-        let (Some(program), Some(_)) = (find("containerd"), find("ctr")) else { return Ok(None) };
-        let directory = place.join("containerd");
-        clear(&directory)?;
-        fs::create_dir_all(&directory)?;
+    fn socket(directory: &Path) -> PathBuf {
+        directory.join("sock")
+    }
+
+    fn start(directory: &Path) -> Result<Self> {
+        let program = find("containerd").context("containerd is not installed")?;
         let config = directory.join("config.toml");
-        let at = directory.display();
+        let (at, socket) = (directory.display(), Self::socket(directory));
         let text = format!(
-            "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{at}/sock\"\n"
+            "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{}\"\n",
+            socket.display()
         );
         fs::write(&config, text)?;
-        let log = fs::File::create(directory.join("log"))?;
-        let child = Command::new(program).arg("-c").arg(config).stdout(Stdio::null()).stderr(log).spawn()?;
-        let containerd = Self { child, directory };
+        let log = directory.join("log");
+        let errors = fs::File::create(&log)?;
+        let this = Self(Command::new(program).arg("-c").arg(config).stdout(Stdio::null()).stderr(errors).spawn()?);
         let start = Instant::now();
-        while !containerd.ctr(&["version"])?.status.success() {
+        while !Command::new("ctr").arg("-a").arg(&socket).arg("version").output()?.status.success() {
             if start.elapsed() > Duration::from_secs(20) {
-                bail!("containerd does not answer; see {}/log", containerd.directory.display());
+                bail!("containerd does not answer: {}", fs::read_to_string(log).unwrap_or_default());
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        Ok(Some(containerd))
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.join("sock")
-    }
-
-    fn ctr(&self, arguments: &[&str]) -> Result<std::process::Output> {
-        Ok(Command::new("ctr").arg("-a").arg(self.socket()).args(arguments).output()?)
-    }
-
-    /// Removes all images and what they were unpacked to.
-    fn forget(&self) -> Result<()> {
-        let names = self.ctr(&["image", "ls", "-q"])?;
-        for name in String::from_utf8_lossy(&names.stdout).lines() {
-            let removed = self.ctr(&["image", "rm", "--sync", name])?;
-            if !removed.status.success() {
-                bail!("ctr image rm: {}", String::from_utf8_lossy(&removed.stderr));
-            }
-        }
-        Ok(())
+        Ok(this)
     }
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let _ = Command::new("kill").arg(self.child.id().to_string()).status(); // kill() would not let it end its shims
-        let _ = self.child.wait();
-        let _ = clear(&self.directory);
+        let _ = Command::new("kill").arg(self.0.id().to_string()).status(); // kill() would not let it end its shims
+        let _ = self.0.wait();
     }
 }
 

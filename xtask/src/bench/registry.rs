@@ -1,10 +1,10 @@
 //! The registry that everybody pulls from: Debian's docker-registry on the loopback device.
 
 use std::{
-    fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -15,6 +15,7 @@ use crate::run::find;
 
 pub(crate) struct Registry {
     child: Child,
+    data: PathBuf,
     pub(crate) host: String,
 }
 
@@ -41,7 +42,23 @@ impl Registry {
             }
         };
         std::thread::spawn(move || log.map_while(Result::ok).for_each(drop)); // so that the pipe never fills
-        Ok(Self { child, host })
+        Ok(Self { child, data, host })
+    }
+
+    /// Reads all of its data, so that it stands for a machine of its own, whose disk is not ours.
+    pub(crate) fn warm(&self) -> Result<()> {
+        let mut pending = vec![self.data.clone()];
+        while let Some(directory) = pending.pop() {
+            for entry in fs::read_dir(directory)? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    pending.push(entry.path());
+                } else {
+                    io::copy(&mut File::open(entry.path())?, &mut io::sink())?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// How long it takes to answer for a manifest.
