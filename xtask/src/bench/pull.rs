@@ -76,8 +76,9 @@ pub(crate) fn pull(options: &Options) -> Result<()> {
     if !options.only_ours {
         candidates.extend(peers(&registry, &policy));
     }
-    let samples = rounds(options, &Runs::new(&place)?, &registry, &candidates)?;
-    report(options, &samples)
+    let runs = Runs::new(&place)?;
+    let samples = rounds(options, &runs, &registry, &candidates)?;
+    report(options, &samples) // before the runs are removed, which takes a minute
 }
 
 /// Where measurements write to. Each has a new directory, and none is removed before the last one is done: ext4 passes over inodes that
