@@ -213,19 +213,3 @@ fn malformed_private_options_are_refused_and_not_quoted() {
     let (_, public, _) = encrypt(b"");
     assert!(matches!(bare.decryptor(&public), Err(CryptError::PrivateOptions(_))), "a nonce is needed somewhere");
 }
-
-/// Not a check: prints what one core does. `cargo test --release -p nacre-oci -- --ignored --nocapture speed`.
-#[test]
-#[ignore = "measures; run in release mode"]
-fn speed_of_the_decryptor() {
-    let (secret, public, mut data) = encrypt(&vec![1; 256 << 10]);
-    for diff_id in [Digest::sha256(b""), *secret.digest()] {
-        let mut decryptor = secret.decryptor(&public).unwrap().with_diff_id(&diff_id);
-        let start = std::time::Instant::now();
-        for _ in 0..4096 {
-            decryptor.update(&mut data).unwrap();
-        }
-        let seconds = start.elapsed().as_secs_f64();
-        println!("decryptor, plaintext hashed: {}: {:.0} MB/s", decryptor.plaintext.is_some(), 1_073.741_824 / seconds);
-    }
-}
