@@ -136,7 +136,7 @@ fn json_has_the_same_fields_every_time() {
     let pulled = json_of(command.args(TRUSTING));
     assert_eq!(keys(&pulled), ["admission", "bundle", "fetched", "image", "layers", "manifest"]);
     assert_eq!(keys(&pulled["admission"]), ["kind", "policy", "rule", "signers"]);
-    assert_eq!(keys(&pulled["layers"][0]), ["diff_id", "digest", "media_type", "size"]);
+    assert_eq!(keys(&pulled["layers"][0]), ["diff_id", "digest", "id", "media_type", "size"]);
     assert_eq!((&pulled["fetched"], &pulled["manifest"]), (&json!(2), &json!(built.digest)));
 
     let listed = json_of(&mut place.nacre("store", &["image", "ls", "--json"]));

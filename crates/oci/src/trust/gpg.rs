@@ -50,8 +50,10 @@ impl Keyring {
     /// What is wrong with it; a keyring without a usable key is wrong too.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         let bytes = dearmor(bytes)?;
-        let keys = SignedPublicKey::from_bytes_many(Cursor::new(bytes.as_slice()))
-            .map_err(|error| format!("no OpenPGP keyring: {error}"))?;
+        // GnuPG's own keyrings have trust packets between the others; they are about its owner's opinion, not about the keys.
+        let packets = PacketParser::new(Cursor::new(bytes.as_slice())).take(PACKETS_LIMIT);
+        let packets = packets.filter(|packet| !matches!(packet, Ok(Packet::Trust(_))));
+        let keys = SignedPublicKey::from_packets(packets.peekable());
         let revocations = PacketParser::new(Cursor::new(bytes.as_slice()))
             .take(PACKETS_LIMIT)
             .filter_map(|packet| match packet {
