@@ -96,8 +96,10 @@ fn a_proxy_that_refuses_is_named() {
     let address = listener.local_addr().unwrap().to_string();
     thread::spawn(move || {
         for mut client in listener.incoming().map_while(Result::ok) {
-            let mut line = String::new();
-            let _ = BufReader::new(client.try_clone().unwrap()).read_line(&mut line);
+            // The whole request: what is left unread would reset the connection, and the answer with it.
+            let mut reader = BufReader::new(client.try_clone().unwrap());
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head).is_ok_and(|read| read > 0) {}
             let _ = client.write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n");
         }
     });
