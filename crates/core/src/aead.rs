@@ -3,7 +3,7 @@
 //! Nonce rule: a caller with a counter that cannot repeat under its key passes it to [`AeadKey::seal`]; everyone else uses
 //! [`AeadKey::seal_random`], whose random 96-bit nonces hold for 2^32 messages a key (NIST SP 800-38D §8.3).
 
-use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, Tag, UnboundKey};
 
 use crate::SecretArray;
 
@@ -41,6 +41,33 @@ impl AeadKey {
             // Only more than 2^36 - 32 bytes are refused, which no vector of ours holds.
             unreachable!("AES-256-GCM message too long");
         }
+    }
+
+    /// Encrypts `data` in place and gives the tag apart. The nonce must never have been used with this key.
+    pub fn seal_in_place(&self, nonce: [u8; NONCE_LEN], aad: &[u8], data: &mut [u8]) -> [u8; TAG_LEN] {
+        let sealed = self.0.seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(aad), data);
+        let Ok(tag) = sealed else { unreachable!("AES-256-GCM message too long") };
+        let mut bytes = [0; TAG_LEN];
+        bytes.copy_from_slice(tag.as_ref());
+        bytes
+    }
+
+    /// Decrypts in place what [`seal_in_place`](Self::seal_in_place) made.
+    ///
+    /// # Errors
+    /// [`AuthenticationFailed`]: what `data` holds then is not to be used.
+    pub fn open_in_place(
+        &self,
+        nonce: [u8; NONCE_LEN],
+        aad: &[u8],
+        tag: [u8; TAG_LEN],
+        data: &mut [u8],
+    ) -> Result<(), AuthenticationFailed> {
+        let nonce = Nonce::assume_unique_for_key(nonce);
+        self.0
+            .open_in_place_separate_tag(nonce, Aad::from(aad), Tag::from(tag), data, 0..)
+            .map(|_| ())
+            .map_err(|_| AuthenticationFailed)
     }
 
     /// Encrypts under a random nonce; gives nonce ‖ ciphertext ‖ tag.
@@ -93,6 +120,19 @@ impl std::fmt::Debug for AeadKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tags_apart_are_the_same_tags() {
+        let key = AeadKey::new(&SecretArray::random());
+        let (mut apart, mut together) = (*b"sixteen bytes...", b"sixteen bytes...".to_vec());
+        let tag = key.seal_in_place([1; 12], b"aad", &mut apart);
+        key.seal([1; 12], b"aad", &mut together);
+        assert_eq!([&apart[..], &tag[..]].concat(), together);
+        let mut bad = apart;
+        assert_eq!(key.open_in_place([1; 12], b"aae", tag, &mut bad), Err(AuthenticationFailed));
+        key.open_in_place([1; 12], b"aad", tag, &mut apart).unwrap();
+        assert_eq!(&apart, b"sixteen bytes...");
+    }
 
     #[test]
     fn every_flipped_bit_is_seen() {

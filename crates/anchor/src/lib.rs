@@ -1,0 +1,1 @@
+//! Places that a host cannot turn back.

@@ -1,0 +1,26 @@
+//! Front ends: how other programs and the kernel reach a [`BlockStore`].
+
+use std::sync::Arc;
+
+use nacre_core::BlockStore;
+
+/// A way for others to reach a block store. It serves until it is stopped.
+pub trait FrontEnd: Send {
+    /// What people open: `/dev/ublkb0`, `/dev/loop3`, `nbd+unix:///?socket=/run/x.sock`.
+    fn device(&self) -> String;
+
+    /// Serves no new requests, finishes those that were begun, flushes the store, and takes the device away.
+    ///
+    /// # Errors
+    /// What could not be taken away, or not be flushed.
+    fn stop(self: Box<Self>) -> std::io::Result<()>;
+
+    /// Waits until the front end ends by itself: unmounted, disconnected for good, its device deleted.
+    ///
+    /// # Errors
+    /// What ended it, where that was no wish of anybody's.
+    fn wait(&mut self) -> std::io::Result<()>;
+}
+
+/// The store that front ends serve.
+pub type Served = Arc<dyn BlockStore>;

@@ -1,0 +1,1 @@
+//! A block store on an object store.
