@@ -188,7 +188,7 @@ impl FileStore {
         for part in buffer.chunks_mut(BOUNCE_BLOCKS * BLOCK_SIZE) {
             let count = part.len() / BLOCK_SIZE;
             let slices = pages.iter_mut().take(count).map(|page| IoSliceMut::new(&mut page.0)).collect();
-            Job::read(offset, slices).run(self.file.as_fd())?;
+            Job::read(self.file.as_fd(), offset, slices).run()?;
             for (block, page) in part.chunks_mut(BLOCK_SIZE).zip(&pages) {
                 block.copy_from_slice(&page.0);
             }
@@ -208,7 +208,7 @@ impl FileStore {
                 count += 1;
             }
             let slices = pages.iter().take(count).map(|page| IoSlice::new(&page.0)).collect();
-            Job::write(offset, slices).run(self.file.as_fd())?;
+            Job::write(self.file.as_fd(), offset, slices).run()?;
             offset += (count * BLOCK_SIZE) as u64;
         }
         Ok(())
@@ -217,7 +217,7 @@ impl FileStore {
     fn write_one(&self, offset: u64, buffers: &[&[u8]]) -> io::Result<()> {
         if buffers.iter().all(|buffer| self.way.takes(buffer)) {
             let slices = buffers.iter().map(|buffer| IoSlice::new(buffer)).collect();
-            Job::write(offset, slices).run(self.file.as_fd())
+            Job::write(self.file.as_fd(), offset, slices).run()
         } else {
             self.write_bounced(offset, buffers)
         }
@@ -230,10 +230,14 @@ impl FileStore {
         let mut jobs: Vec<Job<'_>> = aligned
             .iter()
             .map(|request| {
-                Job::write(request.offset, request.buffers.iter().map(|buffer| IoSlice::new(buffer)).collect())
+                Job::write(
+                    self.file.as_fd(),
+                    request.offset,
+                    request.buffers.iter().map(|buffer| IoSlice::new(buffer)).collect(),
+                )
             })
             .collect();
-        let given_up = rings.run(self.file.as_fd(), &mut jobs).err();
+        let given_up = rings.run(&mut jobs).err();
         for (request, job) in aligned.iter().zip(jobs) {
             job.into_outcome(given_up.as_ref())
                 .map_err(|error| self.error("write", request.offset, request.length(), error))?;
@@ -269,7 +273,7 @@ impl BlockStore for FileStore {
         let length = buffer.len() as u64;
         self.check("read", offset, length)?;
         let read = if self.way.takes(buffer) {
-            Job::read(offset, vec![IoSliceMut::new(buffer)]).run(self.file.as_fd())
+            Job::read(self.file.as_fd(), offset, vec![IoSliceMut::new(buffer)]).run()
         } else {
             self.read_bounced(offset, buffer)
         };
@@ -384,7 +388,7 @@ impl BlockStore for FileStore {
             if several && self.way.rings.is_some() && length > 0 && self.way.takes(request.buffer) {
                 request.outcome = self.check("read", offset, length);
                 if request.outcome.is_ok() {
-                    jobs.push(Job::read(offset, vec![IoSliceMut::new(request.buffer)]));
+                    jobs.push(Job::read(self.file.as_fd(), offset, vec![IoSliceMut::new(request.buffer)]));
                     outcomes.push((offset, length, &mut request.outcome));
                 }
             } else {
@@ -392,7 +396,7 @@ impl BlockStore for FileStore {
             }
         }
         if let Some(rings) = self.way.rings.as_ref().filter(|_| !jobs.is_empty()) {
-            let given_up = rings.run(self.file.as_fd(), &mut jobs).err();
+            let given_up = rings.run(&mut jobs).err();
             for (job, (offset, length, outcome)) in jobs.into_iter().zip(outcomes) {
                 let done = job.into_outcome(given_up.as_ref());
                 *outcome = done.map_err(|error| self.error("read", offset, length, error));

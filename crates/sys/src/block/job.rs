@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    os::fd::BorrowedFd,
+    os::fd::{AsRawFd as _, BorrowedFd},
 };
 
 use io_uring::{opcode, squeue, types};
@@ -23,26 +23,34 @@ enum Buffers<'a> {
 
 /// A transfer of the range that starts at `offset`.
 pub(super) struct Job<'a> {
+    file: BorrowedFd<'a>,
     offset: u64,
     left: u64,
     buffers: Buffers<'a>,
+    zeroes_beyond: bool,
     retries: u32,
     outcome: io::Result<()>,
 }
 
 impl<'a> Job<'a> {
-    pub(super) fn read(offset: u64, buffers: Vec<IoSliceMut<'a>>) -> Self {
+    pub(super) fn read(file: BorrowedFd<'a>, offset: u64, buffers: Vec<IoSliceMut<'a>>) -> Self {
         let left = buffers.iter().map(|buffer| buffer.len() as u64).sum();
-        Self { offset, left, buffers: Buffers::Read(buffers), retries: 0, outcome: Ok(()) }
+        Self { file, offset, left, buffers: Buffers::Read(buffers), zeroes_beyond: false, retries: 0, outcome: Ok(()) }
     }
 
-    pub(super) fn write(offset: u64, buffers: Vec<IoSlice<'a>>) -> Self {
+    /// A read of a file that has zeroes beyond its end.
+    pub(super) fn read_endless(file: BorrowedFd<'a>, offset: u64, buffer: &'a mut [u8]) -> Self {
+        Self { zeroes_beyond: true, ..Self::read(file, offset, vec![IoSliceMut::new(buffer)]) }
+    }
+
+    pub(super) fn write(file: BorrowedFd<'a>, offset: u64, buffers: Vec<IoSlice<'a>>) -> Self {
         let left = buffers.iter().map(|buffer| buffer.len() as u64).sum();
-        Self { offset, left, buffers: Buffers::Write(buffers), retries: 0, outcome: Ok(()) }
+        Self { file, offset, left, buffers: Buffers::Write(buffers), zeroes_beyond: false, retries: 0, outcome: Ok(()) }
     }
 
     /// Carries it out by system calls.
-    pub(super) fn run(mut self, file: BorrowedFd<'_>) -> io::Result<()> {
+    pub(super) fn run(mut self) -> io::Result<()> {
+        let file = self.file;
         while self.left > 0 && self.outcome.is_ok() {
             let moved = match &mut self.buffers {
                 Buffers::Read(buffers) => match buffers.as_mut_slice() {
@@ -64,7 +72,8 @@ impl<'a> Job<'a> {
 
     /// What remains of it, as an entry of an io_uring. The entry holds pointers into this job: the job has to stay where it is, with
     /// its buffers, until the entry's completion was seen.
-    pub(super) fn entry(&mut self, file: types::Fd) -> squeue::Entry {
+    pub(super) fn entry(&mut self) -> squeue::Entry {
+        let file = types::Fd(self.file.as_raw_fd());
         // A job has no more than MAX_BUFFERS in one entry, so the count fits.
         let count = |buffers: usize| u32::try_from(buffers.min(MAX_BUFFERS)).unwrap_or(u32::MAX);
         match &mut self.buffers {
@@ -101,16 +110,22 @@ impl<'a> Job<'a> {
 
     fn settle(&mut self, moved: Result<usize, Errno>) {
         match moved {
-            Ok(0) => self.outcome = Err(self.ended()),
+            Ok(0) => self.end(),
             Ok(count) => self.advance(count),
             Err(Errno::INTR | Errno::AGAIN) if self.retries < MAX_RETRIES => self.retries += 1,
             Err(error) => self.outcome = Err(error.into()),
         }
     }
 
-    fn ended(&self) -> io::Error {
+    /// The file moved nothing any more.
+    fn end(&mut self) {
         let Self { left, offset, .. } = self;
-        match self.buffers {
+        let error = match &mut self.buffers {
+            Buffers::Read(buffers) if self.zeroes_beyond => {
+                buffers.iter_mut().for_each(|buffer| buffer.fill(0));
+                *left = 0;
+                return;
+            }
             Buffers::Read(_) => io::Error::new(
                 io::ErrorKind::UnexpectedEof,
                 format!("short read: it ends at {offset}, {left} bytes early: it was cut after it was opened"),
@@ -119,7 +134,8 @@ impl<'a> Job<'a> {
                 io::ErrorKind::WriteZero,
                 format!("short write: nothing more was taken at {offset}, with {left} bytes left"),
             ),
-        }
+        };
+        self.outcome = Err(error);
     }
 
     fn advance(&mut self, count: usize) {
@@ -157,10 +173,10 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let data: Vec<u8> = (0..u32::try_from(3 * MAX_BUFFERS).unwrap()).flat_map(u32::to_le_bytes).collect();
         let buffers = data.chunks(4).map(IoSlice::new).collect();
-        Job::write(8, buffers).run(file.as_fd()).unwrap();
+        Job::write(file.as_fd(), 8, buffers).run().unwrap();
         let mut back = vec![0; data.len()];
         let buffers = back.chunks_mut(4).map(IoSliceMut::new).collect();
-        Job::read(8, buffers).run(file.as_fd()).unwrap();
+        Job::read(file.as_fd(), 8, buffers).run().unwrap();
         assert_eq!(back, data);
     }
 
@@ -169,15 +185,25 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(10).unwrap();
         let mut buffer = [0; 8];
-        let error = Job::read(4, vec![IoSliceMut::new(&mut buffer)]).run(file.as_fd()).unwrap_err();
+        let error = Job::read(file.as_fd(), 4, vec![IoSliceMut::new(&mut buffer)]).run().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert!(error.to_string().contains("ends at 10, 2 bytes early"), "{error}");
     }
 
     #[test]
+    fn a_file_without_end_has_zeroes_there() {
+        let file = tempfile::tempfile().unwrap();
+        rustix::io::pwrite(&file, &[1; 10], 0).unwrap();
+        let mut buffer = [7; 8];
+        Job::read_endless(file.as_fd(), 4, &mut buffer).run().unwrap();
+        assert_eq!(buffer, [1, 1, 1, 1, 1, 1, 0, 0]);
+    }
+
+    #[test]
     fn parts_and_interruptions_are_carried_on() {
+        let file = tempfile::tempfile().unwrap();
         let (one, two) = ([1; 3], [2; 5]);
-        let mut job = Job::write(100, vec![IoSlice::new(&one), IoSlice::new(&two)]);
+        let mut job = Job::write(file.as_fd(), 100, vec![IoSlice::new(&one), IoSlice::new(&two)]);
         assert!(!job.complete(-Errno::INTR.raw_os_error()));
         assert!(!job.complete(4));
         assert_eq!((job.offset, job.left), (104, 4));
@@ -185,7 +211,7 @@ mod tests {
         assert_eq!((left.len(), left[0].len()), (1, 4));
         assert!(job.complete(4));
         assert!(job.into_outcome(None).is_ok());
-        let mut job = Job::write(0, vec![IoSlice::new(&one)]);
+        let mut job = Job::write(file.as_fd(), 0, vec![IoSlice::new(&one)]);
         assert!(job.complete(-Errno::IO.raw_os_error()));
         assert_eq!(job.into_outcome(None).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
     }

@@ -21,9 +21,10 @@ use crate::fs::FsKind;
 /// The block devices of major number 1 are RAM disks (devices.txt of the kernel).
 const RAM_DISK: u32 = 1;
 
-/// How often and how long to wait for the lock of a device: udev takes it for a moment whenever a device changes.
-const LOCK_TRIES: u32 = 20;
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
+/// How often and how long to wait for a lock: udev takes that of a device for a moment whenever it changes, and a process that is just
+/// being started holds what it inherited until it executes its program.
+const LOCK_TRIES: u32 = 25;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// What there is to store on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +85,7 @@ pub(super) fn open(path: &Path, read_only: bool) -> Result<(OwnedFd, Medium, u64
     // With the flag, io_uring would refuse whatever has to wait.
     rustix::fs::fcntl_setfl(&fd, access).map_err(|error| StoreError::io("open", path, error))?;
     let medium = medium(path, &fd)?;
-    lock(path, &fd, read_only, if matches!(medium, Medium::Device { .. }) { LOCK_TRIES } else { 1 })?;
+    lock(path, &fd, read_only)?;
     let size = size(medium, &fd).map_err(|error| StoreError::io("find the size of", path, error))?;
     Ok((fd, medium, size))
 }
@@ -97,7 +98,7 @@ pub(super) fn create(path: &Path) -> Result<(OwnedFd, Medium), StoreError> {
         error => StoreError::io("create", path, error),
     })?;
     let medium = medium(path, &fd)?;
-    lock(path, &fd, false, 1)?;
+    lock(path, &fd, false)?;
     Ok((fd, medium))
 }
 
@@ -115,7 +116,7 @@ fn medium(path: &Path, fd: &OwnedFd) -> Result<Medium, StoreError> {
 }
 
 /// Locks the open file: for as long as it is open, nobody else gets a lock that conflicts, this process included.
-pub(super) fn lock(path: &Path, fd: impl AsFd, shared: bool, tries: u32) -> Result<(), StoreError> {
+pub(super) fn lock(path: &Path, fd: impl AsFd, shared: bool) -> Result<(), StoreError> {
     let operation = match shared {
         true => FlockOperation::NonBlockingLockShared,
         false => FlockOperation::NonBlockingLockExclusive,
@@ -124,7 +125,7 @@ pub(super) fn lock(path: &Path, fd: impl AsFd, shared: bool, tries: u32) -> Resu
         match rustix::fs::flock(&fd, operation) {
             Ok(()) => break,
             Err(Errno::INTR) => {}
-            Err(Errno::WOULDBLOCK) if attempt < tries => thread::sleep(LOCK_PAUSE),
+            Err(Errno::WOULDBLOCK) if attempt < LOCK_TRIES => thread::sleep(LOCK_PAUSE),
             Err(Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
             Err(error) => return Err(StoreError::io("lock", path, error)),
         }

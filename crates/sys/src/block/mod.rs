@@ -1,6 +1,7 @@
 //! Stores of blocks: what lies beneath a secure disk.
 //!
 //! - [`FileStore`]: a regular file or a block device.
+//! - [`DirectoryStore`]: a directory of segment files, for shares (virtio-fs, 9p, NFS) where one large file is a burden.
 //! - [`MemoryStore`]: memory, for tests and for what need not outlive its process.
 //!
 //! # Invariants
@@ -10,6 +11,7 @@
 //! - A flush that failed is remembered: the kernel reports a lost write once and then forgets it, so every later flush fails too.
 //! - A request is carried out whole or ends in an error: short reads and writes are continued, interrupted ones repeated.
 
+mod directory;
 mod file;
 mod job;
 mod medium;
@@ -25,6 +27,7 @@ use std::{
 
 use nacre_core::BLOCK_SIZE;
 
+pub use directory::{DirectoryOptions, DirectoryStore};
 pub use file::{FileOptions, FileStore};
 pub use memory::MemoryStore;
 pub use way::Access;

@@ -6,13 +6,12 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, BorrowedFd},
     sync::{Mutex, PoisonError},
     thread,
     time::Duration,
 };
 
-use io_uring::{IoUring, types};
+use io_uring::IoUring;
 
 use super::job::Job;
 
@@ -40,11 +39,11 @@ impl Rings {
     ///
     /// # Errors
     /// The ring failed as a whole: jobs that are not over were not carried out.
-    pub(super) fn run(&self, file: BorrowedFd<'_>, jobs: &mut [Job<'_>]) -> io::Result<()> {
+    pub(super) fn run(&self, jobs: &mut [Job<'_>]) -> io::Result<()> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut ring = idle.map_or_else(build, Ok)?;
         // A ring that failed is dropped: entries that the kernel has not taken from it go with it.
-        Flight { ring: &mut ring, flying: 0 }.run(types::Fd(file.as_raw_fd()), jobs)?;
+        Flight { ring: &mut ring, flying: 0 }.run(jobs)?;
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
             idle.push(ring);
@@ -68,10 +67,10 @@ struct Flight<'r> {
 }
 
 impl Flight<'_> {
-    fn run(mut self, file: types::Fd, jobs: &mut [Job<'_>]) -> io::Result<()> {
+    fn run(mut self, jobs: &mut [Job<'_>]) -> io::Result<()> {
         let mut waiting: Vec<usize> = (0..jobs.len()).rev().collect();
         loop {
-            self.push(file, jobs, &mut waiting);
+            self.push(jobs, &mut waiting);
             if self.flying == 0 {
                 return Ok(());
             }
@@ -93,15 +92,15 @@ impl Flight<'_> {
         }
     }
 
-    fn push(&mut self, file: types::Fd, jobs: &mut [Job<'_>], waiting: &mut Vec<usize>) {
+    fn push(&mut self, jobs: &mut [Job<'_>], waiting: &mut Vec<usize>) {
         let mut queue = self.ring.submission();
         while self.flying < DEPTH as usize {
             let Some(index) = waiting.pop() else { return };
             let Some(job) = jobs.get_mut(index).filter(|job| !job.is_over()) else { continue };
-            let entry = job.entry(file).user_data(index as u64);
+            let entry = job.entry().user_data(index as u64);
             // SAFETY: the entry points to the job's list of buffers and by it to the buffers. All of them are borrowed by the jobs,
             // which the caller lends for longer than this Flight lives; the job is not touched until its completion, and a Flight
-            // ends, by return or by unwinding, only when no entry is with the kernel (see Drop). The file stays open as long.
+            // ends, by return or by unwinding, only when no entry is with the kernel (see Drop). The file is borrowed as well.
             #[expect(unsafe_code, reason = "what io_uring works on is only known by address")]
             let pushed = unsafe { queue.push(&entry) };
             if pushed.is_err() {
@@ -147,14 +146,16 @@ mod tests {
         let count = 3 * u64::from(DEPTH) + 1;
         let data: Vec<[u8; 8]> = (0..count).map(u64::to_le_bytes).collect();
         let mut writes: Vec<Job<'_>> =
-            (0..).zip(&data).map(|(at, value)| Job::write(at * 8, vec![IoSlice::new(value)])).collect();
-        rings.run(file.as_fd(), &mut writes).unwrap();
+            (0..).zip(&data).map(|(at, value)| Job::write(file.as_fd(), at * 8, vec![IoSlice::new(value)])).collect();
+        rings.run(&mut writes).unwrap();
         assert!(writes.into_iter().all(|job| job.into_outcome(None).is_ok()));
 
         let mut back = vec![[0; 8]; data.len() + 1];
-        let mut reads: Vec<Job<'_>> =
-            (0..).zip(&mut back).map(|(at, value)| Job::read(at * 8, vec![IoSliceMut::new(value)])).collect();
-        rings.run(file.as_fd(), &mut reads).unwrap();
+        let mut reads: Vec<Job<'_>> = (0..)
+            .zip(&mut back)
+            .map(|(at, value)| Job::read(file.as_fd(), at * 8, vec![IoSliceMut::new(value)]))
+            .collect();
+        rings.run(&mut reads).unwrap();
         let outcomes: Vec<_> = reads.into_iter().map(|job| job.into_outcome(None)).collect();
         let (last, others) = outcomes.split_last().unwrap();
         assert!(others.iter().all(Result::is_ok));
@@ -169,8 +170,11 @@ mod tests {
             return;
         };
         let file = std::fs::File::open("/dev/null").unwrap();
-        let mut jobs = vec![Job::write(0, vec![IoSlice::new(&[1])]), Job::write(1, vec![IoSlice::new(&[2])])];
-        rings.run(file.as_fd(), &mut jobs).unwrap();
+        let mut jobs = vec![
+            Job::write(file.as_fd(), 0, vec![IoSlice::new(&[1])]),
+            Job::write(file.as_fd(), 1, vec![IoSlice::new(&[2])]),
+        ];
+        rings.run(&mut jobs).unwrap();
         for job in jobs {
             assert_eq!(job.into_outcome(None).unwrap_err().raw_os_error(), Some(libc::EBADF));
         }
