@@ -5,7 +5,7 @@
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
-//! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
+//! - [`SmallDisk`]: a disk that is soon full. [`check_store`]: what every block store has to do. [`Rng`]: numbers that are the same in each run.
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
 
@@ -18,6 +18,7 @@ mod programs;
 mod rng;
 mod rootfs;
 mod skip;
+mod store;
 mod tar;
 pub mod tree;
 
@@ -28,4 +29,5 @@ pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
 pub use rng::Rng;
 pub use rootfs::tiny_rootfs;
 pub use skip::{require, root, shared, skip};
+pub use store::check_store;
 pub use tar::{Entry, Layer};
