@@ -1,5 +1,7 @@
 //! Anchors in files.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests may fail the test")]
+
 use std::{fs, os::unix::fs::symlink, path::Path, process::Command, thread};
 
 use nacre_anchor::FileAnchor;

@@ -1,5 +1,7 @@
 //! Anchors in a TPM: swtpm, judged by tpm2-tools, and attacked from each place that an attacker may have.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests may fail the test")]
+
 use std::{
     fs,
     io::{Read as _, Write as _},
@@ -8,6 +10,7 @@ use std::{
     process::Command,
     sync::{Arc, Mutex},
     thread,
+    time::{Duration, Instant},
 };
 
 use nacre_anchor::{
@@ -389,4 +392,36 @@ fn a_tpm_that_is_not_there_is_named() {
         let address = TpmAddress::Path(path.into());
         assert!(TpmAnchor::new(address, NvIndex::DEFAULT, &key(1), SecretBytes::new(vec![])).read().is_err());
     }
+}
+
+#[test]
+fn a_unix_socket_is_as_good_as_a_port() {
+    let Some(program) = nacre_testkit::require("swtpm") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (state_dir, socket) = (format!("dir={}", dir.path().display()), dir.path().join("socket"));
+    let server = format!("type=unixio,path={}", socket.display());
+    let mut swtpm = Command::new(program)
+        .args([
+            "socket",
+            "--tpm2",
+            "--flags",
+            "not-need-init,startup-clear",
+            "--tpmstate",
+            &state_dir,
+            "--server",
+            &server,
+        ])
+        .spawn()
+        .unwrap();
+    let begin = Instant::now();
+    while !socket.exists() && begin.elapsed() < Duration::from_secs(10) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let anchor = TpmAnchor::new(TpmAddress::Path(socket), NvIndex::DEFAULT, &key(1), SecretBytes::new(vec![]));
+    let result = anchor.advance(None, &state(1)).and_then(|()| anchor.read());
+    swtpm.kill().unwrap();
+    swtpm.wait().unwrap();
+    assert_eq!(result.unwrap(), Some(state(1)));
+    // A TPM that went away is an error, and soon.
+    assert!(matches!(anchor.read(), Err(AnchorError::Failed { .. })));
 }
