@@ -1,7 +1,7 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`DockerRegistry`], [`Tls`]: programs that are not ours.
+//! - [`DockerRegistry`], [`Swtpm`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
@@ -19,6 +19,7 @@ mod rng;
 mod rootfs;
 mod skip;
 mod store;
+mod swtpm;
 mod tar;
 pub mod tree;
 
@@ -30,4 +31,5 @@ pub use rng::Rng;
 pub use rootfs::tiny_rootfs;
 pub use skip::{require, root, shared, skip};
 pub use store::check_store;
+pub use swtpm::Swtpm;
 pub use tar::{Entry, Layer};
