@@ -155,6 +155,11 @@ pub trait BlockStore: Send + Sync {
     /// [`BlockError`]
     fn trim(&self, offset: u64, length: u64) -> Result<(), BlockError>;
 
+    /// Whether what was trimmed reads as zeroes, so that a trim is the cheapest way to write them.
+    fn trim_reads_zero(&self) -> bool {
+        false
+    }
+
     /// Makes the range read as zeroes.
     ///
     /// # Errors

@@ -345,6 +345,10 @@ impl BlockStore for Disk {
         self.shared.zero(offset, length)
     }
 
+    fn trim_reads_zero(&self) -> bool {
+        true
+    }
+
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<(), BlockError> {
         self.shared.zero(offset, length)
     }

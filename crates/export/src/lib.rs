@@ -1,6 +1,7 @@
 //! Front ends: how other programs and the kernel reach a [`BlockStore`].
 
 mod buffer;
+pub mod kernel;
 pub mod nbd;
 pub mod sectors;
 

@@ -3,6 +3,8 @@
 //! - [`fs`]: what a path lies on, whether it is a mount point, unmounting, syncing.
 //! - [`beneath`]: files opened inside a root directory whose content nobody trusts.
 //! - [`block`]: stores of blocks: files, devices, directories of segment files, memory.
+//! - [`blockdev`], [`loopdev`], [`nbd_client`], [`ublk`]: block devices of the kernel, and those that a process serves to it.
+//! - [`memory`]: what a process that serves a block device tells the kernel.
 //! - [`overlay`]: overlay mounts of any number of layers that the kernel can stack.
 //! - [`privilege`], [`userns`]: what this process may do, and a user namespace for the one that may not.
 //! - [`spec`]: the part of the OCI runtime specification that Nacre writes and its own runner reads.
@@ -16,12 +18,17 @@
 
 pub mod beneath;
 pub mod block;
+pub mod blockdev;
 pub mod container;
 pub mod end;
 pub mod fs;
+pub mod loopdev;
+pub mod memory;
+pub mod nbd_client;
 pub mod overlay;
 pub mod privilege;
 pub mod signals;
 pub mod spec;
 pub mod stage;
+pub mod ublk;
 pub mod userns;

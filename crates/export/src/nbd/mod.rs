@@ -13,12 +13,13 @@ mod reply;
 mod server;
 mod session;
 mod tls;
+mod transmission;
 mod transport;
 pub mod wire;
 
 use std::{io, time::Duration};
 
-pub use self::{listen::Listen, server::NbdServer, tls::Tls, transport::Channel};
+pub use self::{listen::Listen, server::NbdServer, tls::Tls, transmission::Transmission, transport::Channel};
 
 /// How a server is to be.
 #[derive(Clone)]
@@ -44,6 +45,8 @@ pub struct NbdSettings {
 impl NbdSettings {
     /// The most clients at a time.
     pub const MAX_CONNECTIONS: usize = 64;
+    /// How long a client may take for its handshake.
+    pub const HANDSHAKE_TIME: Duration = Duration::from_secs(20);
 
     /// Listening at one address, with everything else as most people want it.
     pub fn new(listen: Listen) -> Self {
@@ -54,7 +57,7 @@ impl NbdSettings {
             fast_zeroes: false,
             tls: None,
             max_connections: Self::MAX_CONNECTIONS,
-            handshake_time: Duration::from_secs(20),
+            handshake_time: Self::HANDSHAKE_TIME,
             stop_time: Duration::from_secs(5),
         }
     }
