@@ -25,6 +25,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("getfacl", "acl"),
     ("unshare", "util-linux"),
     ("setcap", "libcap2-bin"),
+    ("swtpm", "swtpm"),
+    ("tpm2_nvread", "tpm2-tools"),
 ];
 
 /// Installs the packages whose programs are missing, as root on Debian; elsewhere says which they are, and the tests that need

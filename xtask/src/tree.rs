@@ -40,7 +40,16 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-testkit", &["nacre-core", "nacre-registry"]),
     (
         "nacre-fuzz",
-        &["nacre-attest", "nacre-broker", "nacre-core", "nacre-disk", "nacre-export", "nacre-guest", "nacre-oci"],
+        &[
+            "nacre-anchor",
+            "nacre-attest",
+            "nacre-broker",
+            "nacre-core",
+            "nacre-disk",
+            "nacre-export",
+            "nacre-guest",
+            "nacre-oci",
+        ],
     ),
     ("xtask", &[]),
 ];

@@ -1,5 +1,9 @@
 //! Front ends: how other programs and the kernel reach a [`BlockStore`].
 
+mod buffer;
+pub mod nbd;
+pub mod sectors;
+
 use std::sync::Arc;
 
 use nacre_core::BlockStore;

@@ -7,6 +7,7 @@
 //! A new parser of untrusted bytes gets an entry in [`TARGETS`], a test in `tests/smoke.rs` and a file in `fuzz/fuzz_targets`; a test
 //! sees to it that none of them is forgotten.
 
+mod anchors;
 mod attestation;
 mod encryption;
 mod images;
@@ -54,6 +55,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "decompress", run: layers::decompress, seeds: layers::compressed },
     Target { name: "services", run: layers::services, seeds: layers::requests },
     Target { name: "token", run: attestation::token, seeds: attestation::tokens },
+    Target { name: "tpm_response", run: anchors::tpm_response, seeds: anchors::tpm_responses },
+    Target { name: "anchor_spec", run: anchors::spec, seeds: anchors::specs },
 ];
 
 /// The target of that name.

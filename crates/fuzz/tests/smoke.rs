@@ -37,6 +37,8 @@ smoke!(
     apply,
     decompress,
     services,
+    tpm_response,
+    anchor_spec,
 );
 
 #[test]

@@ -78,11 +78,15 @@ impl std::fmt::Display for FsKind {
 /// # Errors
 /// [`FsError`]: the path is not there or cannot be reached.
 pub fn kind(path: &Path) -> Result<FsKind, FsError> {
-    let stat = rustix::fs::statfs(path).map_err(|e| FsError::new("find the filesystem of", path, e))?;
+    Ok(kind_of(&rustix::fs::statfs(path).map_err(|e| FsError::new("find the filesystem of", path, e))?))
+}
+
+/// What kind of filesystem this is.
+pub(crate) fn kind_of(stat: &rustix::fs::StatFs) -> FsKind {
     // The type of f_type differs between architectures; the magic numbers are 32 bits wide on all of them.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "magic numbers are 32 bits")]
     let magic = stat.f_type as u32;
-    Ok(match magic {
+    match magic {
         0x0102_1994 => FsKind::Tmpfs,
         0x8584_58f6 => FsKind::Ramfs,
         0xef53 => FsKind::Ext,
@@ -92,7 +96,7 @@ pub fn kind(path: &Path) -> Result<FsKind, FsError> {
         0x6573_5546 => FsKind::Fuse,
         0x6969 => FsKind::Nfs,
         other => FsKind::Other(other.into()),
-    })
+    }
 }
 
 /// Whether `path` is on the cgroup v2 filesystem.

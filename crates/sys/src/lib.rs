@@ -2,6 +2,7 @@
 //!
 //! - [`fs`]: what a path lies on, whether it is a mount point, unmounting, syncing.
 //! - [`beneath`]: files opened inside a root directory whose content nobody trusts.
+//! - [`block`]: stores of blocks: files, devices, directories of segment files, memory.
 //! - [`overlay`]: overlay mounts of any number of layers that the kernel can stack.
 //! - [`privilege`], [`userns`]: what this process may do, and a user namespace for the one that may not.
 //! - [`spec`]: the part of the OCI runtime specification that Nacre writes and its own runner reads.
@@ -14,6 +15,7 @@
 //! instead (a *stage*), so that it may allocate, fail and report like any other code.
 
 pub mod beneath;
+pub mod block;
 pub mod container;
 pub mod end;
 pub mod fs;

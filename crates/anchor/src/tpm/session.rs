@@ -1,0 +1,263 @@
+//! Commands, marshalled, and HMAC sessions (TPM 2.0 Library, part 1 §19).
+//!
+//! ```text
+//! tag u16 ‖ size u32 ‖ command u32 ‖ handles ‖ [length u32 ‖ session u32 ‖ nonce ‖ attributes u8 ‖ HMAC] ‖ parameters
+//! cpHash = SHA-256(command ‖ names of the handles ‖ parameters)
+//! rpHash = SHA-256(code ‖ command ‖ parameters)
+//! HMAC   = HMAC-SHA256(authValue, hash ‖ nonce of who speaks ‖ nonce of who listens ‖ attributes)
+//! ```
+//!
+//! Sessions are neither bound nor salted, so the session key is empty and the HMAC's key is the authValue alone: it is 32 random bytes
+//! for an index. Nonces are fresh in each direction, so an answer belongs to one command.
+//!
+//! The first parameter can be hidden (XOR obfuscation, §21.2): it is XORed with KDFa(authValue, "XOR", our nonce, the TPM's).
+
+use nacre_core::SecretBytes;
+use ring::{digest, hmac};
+use zeroize::Zeroizing;
+
+use super::response::{self, WireError};
+
+/// A command of the TPM.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Command {
+    code: u32,
+    /// As the standard calls it.
+    pub(super) name: &'static str,
+}
+
+pub(super) const NV_UNDEFINE_SPACE: Command = Command { code: 0x0122, name: "TPM2_NV_UndefineSpace" };
+pub(super) const NV_DEFINE_SPACE: Command = Command { code: 0x012a, name: "TPM2_NV_DefineSpace" };
+pub(super) const NV_WRITE: Command = Command { code: 0x0137, name: "TPM2_NV_Write" };
+pub(super) const NV_READ: Command = Command { code: 0x014e, name: "TPM2_NV_Read" };
+pub(super) const FLUSH_CONTEXT: Command = Command { code: 0x0165, name: "TPM2_FlushContext" };
+pub(super) const NV_READ_PUBLIC: Command = Command { code: 0x0169, name: "TPM2_NV_ReadPublic" };
+pub(super) const START_AUTH_SESSION: Command = Command { code: 0x0176, name: "TPM2_StartAuthSession" };
+pub(super) const GET_CAPABILITY: Command = Command { code: 0x017a, name: "TPM2_GetCapability" };
+
+const TAG_PLAIN: u16 = 0x8001;
+const TAG_SESSIONS: u16 = 0x8002;
+const RH_NULL: u32 = 0x4000_0007;
+const ALG_XOR: u16 = 0x000a;
+const ALG_SHA256: u16 = 0x000b;
+const NONCE_LEN: usize = 32;
+/// The session goes on after the command.
+const CONTINUE: u8 = 0x01;
+/// The command's first parameter is hidden.
+const DECRYPT: u8 = 0x20;
+
+/// Numbers and byte strings as a TPM wants them.
+#[derive(Default)]
+pub(super) struct Writer(Zeroizing<Vec<u8>>);
+
+impl Writer {
+    pub(super) fn byte(mut self, value: u8) -> Self {
+        self.0.push(value);
+        self
+    }
+
+    pub(super) fn short(self, value: u16) -> Self {
+        self.raw(&value.to_be_bytes())
+    }
+
+    pub(super) fn long(self, value: u32) -> Self {
+        self.raw(&value.to_be_bytes())
+    }
+
+    pub(super) fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// A length, and that many bytes. All that we send is a few hundred bytes at most.
+    pub(super) fn sized(self, bytes: &[u8]) -> Self {
+        let Ok(length) = u16::try_from(bytes.len()) else { unreachable!("no field of ours has 64 KiB") };
+        self.short(length).raw(bytes)
+    }
+
+    pub(super) fn done(self) -> Zeroizing<Vec<u8>> {
+        self.0
+    }
+}
+
+/// A command without authorization.
+pub(super) fn plain(command: Command, body: &[u8]) -> Zeroizing<Vec<u8>> {
+    framed(TAG_PLAIN, command, body)
+}
+
+fn framed(tag: u16, command: Command, body: &[u8]) -> Zeroizing<Vec<u8>> {
+    let Ok(length) = u32::try_from(response::HEADER_LEN + body.len()) else {
+        unreachable!("no command of ours has 4 GiB")
+    };
+    Writer::default().short(tag).long(length).long(command.code).raw(body).done()
+}
+
+/// The command that starts a session.
+pub(super) fn start() -> Zeroizing<Vec<u8>> {
+    let body = Writer::default().long(RH_NULL).long(RH_NULL).sized(&nonce()).sized(&[]).byte(0);
+    plain(START_AUTH_SESSION, &body.short(ALG_XOR).short(ALG_SHA256).short(ALG_SHA256).done())
+}
+
+fn nonce() -> [u8; NONCE_LEN] {
+    use rand_core::RngCore as _;
+    let mut nonce = [0; NONCE_LEN];
+    rand_core::OsRng.fill_bytes(&mut nonce);
+    nonce
+}
+
+/// What a command acts on, and the name that stands for it in HMACs.
+pub(super) struct Handle<'a> {
+    pub(super) handle: u32,
+    pub(super) name: &'a [u8],
+}
+
+/// What is sent: the handles (the first one is the one whose authorization is needed), and the parameters.
+pub(super) struct Request<'a> {
+    pub(super) command: Command,
+    pub(super) handles: [Handle<'a>; 2],
+    /// How many of the handles count.
+    pub(super) count: usize,
+    /// The first parameter, where it has to be hidden: its bytes without their length.
+    pub(super) hidden: Option<SecretBytes>,
+    /// The parameters, but for the hidden one.
+    pub(super) parameters: Zeroizing<Vec<u8>>,
+}
+
+/// A session that the TPM has.
+pub(super) struct Session {
+    pub(super) handle: u32,
+    /// The TPM's last nonce.
+    nonce: Vec<u8>,
+}
+
+/// A command that was authorized, and what its answer will be checked with.
+pub(super) struct Authorized {
+    pub(super) bytes: Zeroizing<Vec<u8>>,
+    command: Command,
+    nonce: [u8; NONCE_LEN],
+    key: hmac::Key,
+}
+
+impl Session {
+    /// What the TPM answered to [`start`].
+    pub(super) fn started(body: &[u8]) -> Result<Self, WireError> {
+        let (handle, nonce) = response::started_session(body)?;
+        Ok(Self { handle, nonce: nonce.to_vec() })
+    }
+
+    /// Authorizes a command by who knows `auth`.
+    pub(super) fn authorize(&self, request: Request<'_>, auth: &[u8]) -> Authorized {
+        let nonce = nonce();
+        let key = hmac::Key::new(hmac::HMAC_SHA256, auth);
+        let mut attributes = CONTINUE;
+        let mut parameters = Writer::default();
+        if let Some(hidden) = request.hidden {
+            attributes |= DECRYPT;
+            parameters = parameters.sized(&xor(&key, &nonce, &self.nonce, hidden.expose()));
+        }
+        let parameters = parameters.raw(&request.parameters).done();
+        let mut hash = digest::Context::new(&digest::SHA256);
+        hash.update(&request.command.code.to_be_bytes());
+        let mut body = Writer::default();
+        for Handle { handle, name } in request.handles.iter().take(request.count) {
+            hash.update(name);
+            body = body.long(*handle);
+        }
+        hash.update(&parameters);
+        let tag = tag(&key, hash.finish().as_ref(), &nonce, &self.nonce, attributes);
+        let area = Writer::default().long(self.handle).sized(&nonce).byte(attributes).sized(tag.as_ref()).done();
+        let Ok(length) = u32::try_from(area.len()) else { unreachable!("the area of one session is small") };
+        let body = body.long(length).raw(&area).raw(&parameters).done();
+        Authorized { bytes: framed(TAG_SESSIONS, request.command, &body), command: request.command, nonce, key }
+    }
+
+    /// Whether the TPM answered to that very command; then the session goes on with its new nonce. Only after this are the
+    /// parameters of the answer worth reading.
+    pub(super) fn verify(
+        &mut self,
+        sent: &Authorized,
+        parameters: &[u8],
+        nonce: &[u8],
+        attributes: u8,
+        tag: &[u8],
+    ) -> Result<(), Forged> {
+        let mut hash = digest::Context::new(&digest::SHA256);
+        hash.update(&[0; 4]);
+        hash.update(&sent.command.code.to_be_bytes());
+        hash.update(parameters);
+        let message = [hash.finish().as_ref(), nonce, &sent.nonce, &[attributes]].concat();
+        hmac::verify(&sent.key, &message, tag).map_err(|_| Forged)?;
+        self.nonce = nonce.to_vec();
+        Ok(())
+    }
+}
+
+/// The answer was not given by the TPM, or not to this command.
+#[derive(Debug)]
+pub(super) struct Forged;
+
+fn tag(key: &hmac::Key, hash: &[u8], speaker: &[u8], listener: &[u8], attributes: u8) -> hmac::Tag {
+    hmac::sign(key, &[hash, speaker, listener, &[attributes]].concat())
+}
+
+/// `data` XOR KDFa(key, "XOR", newer, older): SP 800-108 in counter mode with HMAC-SHA256.
+fn xor(key: &hmac::Key, newer: &[u8], older: &[u8], data: &[u8]) -> Zeroizing<Vec<u8>> {
+    let mut out = Zeroizing::new(Vec::with_capacity(data.len()));
+    let Ok(bits) = u32::try_from(data.len() * 8) else { unreachable!("no parameter of ours has 512 MiB") };
+    for (counter, part) in (1_u32..).zip(data.chunks(digest::SHA256_OUTPUT_LEN)) {
+        let message = [&counter.to_be_bytes()[..], b"XOR\0", newer, older, &bits.to_be_bytes()].concat();
+        let mask = hmac::sign(key, &message);
+        out.extend(part.iter().zip(mask.as_ref()).map(|(byte, mask)| byte ^ mask));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_framed() {
+        let bytes = plain(NV_READ_PUBLIC, &Writer::default().long(0x0180_0010).done());
+        assert_eq!(&**bytes, [0x80, 1, 0, 0, 0, 14, 0, 0, 1, 0x69, 1, 0x80, 0, 0x10]);
+        assert_eq!(&**Writer::default().byte(1).short(2).sized(b"ab").done(), [1, 0, 2, 0, 2, b'a', b'b']);
+    }
+
+    #[test]
+    fn hiding_twice_shows() {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, b"auth");
+        let data: Vec<u8> = (0..70).collect();
+        let hidden = xor(&key, b"newer", b"older", &data);
+        assert_ne!(*hidden, data);
+        assert_eq!(*xor(&key, b"newer", b"older", &hidden), data);
+    }
+
+    #[test]
+    fn an_answer_to_another_command_is_forged() {
+        let mut session = Session { handle: 0x0200_0000, nonce: vec![1; 32] };
+        let request = || Request {
+            command: NV_READ,
+            handles: [Handle { handle: 1, name: b"n" }, Handle { handle: 1, name: b"n" }],
+            count: 2,
+            hidden: None,
+            parameters: Zeroizing::new(vec![]),
+        };
+        let sent = session.authorize(request(), b"auth");
+        let answer = |sent: &Authorized, parameters: &[u8], attributes: u8| {
+            let hash = [&[0; 4][..], &NV_READ.code.to_be_bytes(), parameters].concat();
+            let hash = digest::digest(&digest::SHA256, &hash);
+            tag(&hmac::Key::new(hmac::HMAC_SHA256, b"auth"), hash.as_ref(), &[2; 32], &sent.nonce, attributes)
+        };
+        let good = answer(&sent, b"p", 1);
+        assert!(session.verify(&sent, b"q", &[2; 32], 1, good.as_ref()).is_err(), "other parameters");
+        assert!(session.verify(&sent, b"p", &[3; 32], 1, good.as_ref()).is_err(), "another nonce");
+        assert!(session.verify(&sent, b"p", &[2; 32], 0, good.as_ref()).is_err(), "other attributes");
+        assert!(session.verify(&sent, b"p", &[2; 32], 1, &good.as_ref()[..31]).is_err(), "a short HMAC");
+        assert!(
+            session.verify(&session.authorize(request(), b"auth"), b"p", &[2; 32], 1, good.as_ref()).is_err(),
+            "replay"
+        );
+        session.verify(&sent, b"p", &[2; 32], 1, good.as_ref()).unwrap();
+        assert_eq!(session.nonce, [2; 32]);
+    }
+}

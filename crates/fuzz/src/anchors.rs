@@ -1,0 +1,73 @@
+//! Anchors: what a TPM answers, and how people spell one.
+
+use nacre_anchor::{
+    AnchorSpec,
+    tpm::response::{self, Response},
+};
+
+use crate::texts;
+
+/// A response is taken apart by its header and then as each command's; what is found lies within it.
+pub(crate) fn tpm_response(bytes: &[u8]) {
+    let bodies = match response::parse(bytes) {
+        Ok(Response::Plain(body)) => vec![body],
+        Ok(Response::Sessions { parameters, nonce, hmac, .. }) => {
+            assert!(parameters.len() + nonce.len() + hmac.len() + 19 == bytes.len());
+            vec![parameters]
+        }
+        // Not only what has a good header gets to the bodies' parsers.
+        Ok(Response::Refused(_)) | Err(_) => vec![bytes, bytes.get(response::HEADER_LEN..).unwrap_or_default()],
+    };
+    for body in bodies {
+        if let Ok((_, nonce)) = response::started_session(body) {
+            assert!(nonce.len() >= 16);
+        }
+        if let Ok(public) = response::nv_public(body) {
+            assert_eq!(public.policy.len() + public.name.len() + 18, body.len());
+        }
+        if let Ok(content) = response::nv_content(body) {
+            assert_eq!(content.len() + 2, body.len());
+        }
+        if let Ok(handles) = response::handles(body) {
+            assert_eq!(handles.len() * 4 + 9, body.len());
+        }
+    }
+}
+
+pub(crate) fn tpm_responses() -> Vec<Vec<u8>> {
+    let response = |tag: u16, code: u32, body: &[u8]| {
+        let size = u32::try_from(response::HEADER_LEN + body.len()).unwrap_or(u32::MAX);
+        [&tag.to_be_bytes()[..], &size.to_be_bytes(), &code.to_be_bytes(), body].concat()
+    };
+    let session = [&[2, 0, 0, 0, 0, 32][..], &[9; 32]].concat();
+    let public =
+        [&[0, 14, 1, 0x80, 0, 0x10, 0, 0x0b, 0x22, 4, 0x10, 4, 0, 0, 0, 104, 0, 34, 0, 0x0b][..], &[7; 32]].concat();
+    let content = [&[0, 0, 0, 106, 0, 104][..], &[1; 104], &[0, 32], &[2; 32], &[1, 0, 32], &[3; 32]].concat();
+    vec![
+        response(0x8001, 0, &session),
+        response(0x8001, 0, &public),
+        response(0x8001, 0, &[0, 0, 0, 0, 1, 0, 0, 0, 2, 2, 0, 0, 0, 2, 0, 0, 1]),
+        response(0x8002, 0, &content),
+        response(0x8002, 0, &[0, 0, 0, 0, 0, 32]),
+        response(0x8001, 0x18b, &[]),
+        response(0x00c4, 0x1e, &[]),
+    ]
+}
+
+/// An anchor is printed as it is parsed.
+pub(crate) fn spec(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(spec) = text.parse::<AnchorSpec>() {
+        assert_eq!(spec.to_string().parse::<AnchorSpec>().as_ref(), Ok(&spec), "{text:?}");
+    }
+}
+
+pub(crate) fn specs() -> Vec<Vec<u8>> {
+    texts(&[
+        "none",
+        "file:/a/b",
+        "tpm:/dev/tpmrm0",
+        "tpm:127.0.0.1:2321,index=0x01800011,owner-file=/a",
+        "tpm:[::1]:1,index=0x1",
+    ])
+}
