@@ -71,8 +71,8 @@ pub struct Model {
     /// Its number of blocks, by step.
     sizes: Vec<(u64, u64)>,
     commits: Vec<Commit>,
-    /// Where in the recording each change began, and the step after it.
-    changes: Vec<(usize, u64)>,
+    /// What the disk committed on its own: from which point of the recording on, and the first and the last step that may be durable.
+    own: Vec<(usize, u64, u64)>,
 }
 
 impl Model {
@@ -80,7 +80,7 @@ impl Model {
     pub fn new(blocks: u64) -> Self {
         let commits = vec![Commit { step: 0, begun: 0, done: Some(0) }];
         let (history, sizes) = (BTreeMap::new(), vec![(0, blocks)]);
-        Self { step: 0, tokens: 0, history, sizes, commits, changes: Vec::new() }
+        Self { step: 0, tokens: 0, history, sizes, commits, own: Vec::new() }
     }
 
     /// How many blocks it has.
@@ -98,8 +98,8 @@ impl Model {
         self.history.entry(lba).or_default().push((self.step, token));
     }
 
-    /// A write begins at a point of the recording: what has to be written.
-    pub fn write(&mut self, point: usize, lba: u64, count: u64) -> Vec<u8> {
+    /// A write: what has to be written.
+    pub fn write(&mut self, lba: u64, count: u64) -> Vec<u8> {
         let mut data = Vec::new();
         for lba in lba..lba + count {
             self.tokens += 1;
@@ -108,23 +108,20 @@ impl Model {
             self.set(lba, token);
             data.extend_from_slice(&content(token));
         }
-        self.changes.push((point, self.step));
         data
     }
 
     /// Blocks become zeroes.
-    pub fn zero(&mut self, point: usize, lba: u64, count: u64) {
+    pub fn zero(&mut self, lba: u64, count: u64) {
         for lba in lba..lba + count {
             self.set(lba, 0);
         }
-        self.changes.push((point, self.step));
     }
 
     /// The disk gets larger.
-    pub fn grow(&mut self, point: usize, blocks: u64) {
+    pub fn grow(&mut self, blocks: u64) {
         self.step += 1;
         self.sizes.push((self.step, blocks));
-        self.changes.push((point, self.step));
     }
 
     /// A flush begins.
@@ -145,21 +142,25 @@ impl Model {
         self.commits.iter().rev().find(done).map_or(0, |commit| commit.step)
     }
 
-    /// The states that a crash at a point may leave: the one that was acknowledged, and those of flushes that had begun.
+    /// The disk says that it committed on its own while it carried out the last request, which began at that point and step: any of
+    /// the states since may be durable.
+    pub fn committed_itself(&mut self, point: usize, step: u64) {
+        self.own.push((point, step, self.step));
+    }
+
+    /// The states that a crash at a point may leave: the one that was acknowledged, those of flushes that had begun, and what the disk
+    /// committed on its own.
     pub fn candidates(&self, point: usize) -> Vec<u64> {
         let acknowledged = self.acknowledged(point);
         let mut steps = vec![acknowledged];
-        let begun = self.commits.iter().filter(|commit| commit.begun < point && commit.step > acknowledged);
+        let begun = self.commits.iter().filter(|commit| commit.begun < point);
         steps.extend(begun.map(|commit| commit.step));
+        let own = self.own.iter().filter(|(begun, _, _)| *begun < point);
+        steps.extend(own.flat_map(|(_, first, last)| *first..=*last));
+        steps.retain(|step| *step >= acknowledged);
+        steps.sort_unstable();
         steps.dedup();
         steps
-    }
-
-    /// The states that a crash at a point may leave where the disk commits on its own: any prefix of the writes since the flush.
-    pub fn prefixes(&self, point: usize) -> Vec<u64> {
-        let acknowledged = self.acknowledged(point);
-        let last = self.changes.iter().rev().find(|(at, _)| *at <= point).map_or(0, |(_, step)| *step);
-        (acknowledged..=last.max(acknowledged)).collect()
     }
 
     /// The states of all flushes that were ever acknowledged, or had begun: what a host that rolls back can choose from.
@@ -195,7 +196,7 @@ impl Model {
         self.sizes.retain(|(at, _)| *at <= step);
         self.step = step;
         self.commits = vec![Commit { step, begun: 0, done: Some(0) }];
-        self.changes.clear();
+        self.own.clear();
     }
 
     /// What of a range differs from what a disk gave for it, as a text.
@@ -286,15 +287,17 @@ mod tests {
     fn mixtures_are_seen() {
         let store = SimStore::new(1 << 20);
         let mut model = Model::new(256);
-        let first = model.write(0, 3, 2);
+        let first = model.write(3, 2);
         store.write_at(3 * 4096, &first).unwrap();
         model.flush_begins(1);
         model.flush_done(2);
-        let second = model.write(2, 4, 2);
+        let second = model.write(4, 2);
         assert_eq!(model.candidates(2), [2]);
         model.flush_begins(3);
         assert_eq!((model.candidates(3), model.candidates(4)), (vec![2], vec![2, 4]));
-        assert_eq!(model.prefixes(4), [2, 3, 4]);
+        let mut own = model.clone();
+        own.committed_itself(2, 2);
+        assert_eq!((own.candidates(2), own.candidates(3)), (vec![2], vec![2, 3, 4]));
         let judge = |steps: &[u64]| model.judge(&*store, steps, Damage::Unexpected).map(|verdict| verdict.steps);
         assert_eq!(judge(&[2, 4]).unwrap(), [2]);
         store.write_at(4 * 4096, &second[..4096]).unwrap();
@@ -310,9 +313,9 @@ mod tests {
     #[test]
     fn what_did_not_survive_is_forgotten() {
         let mut model = Model::new(16);
-        model.write(0, 0, 1);
-        model.grow(1, 32);
-        let gone = model.write(2, 0, 1);
+        model.write(0, 1);
+        model.grow(32);
+        let gone = model.write(0, 1);
         model.crash_to(1);
         assert_eq!((model.blocks(), model.step()), (16, 1));
         assert!(model.compare(0, &gone).unwrap_err().contains("did not survive"));
