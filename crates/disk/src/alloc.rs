@@ -8,7 +8,10 @@
 //! checkpoint is durable, segments written in the period are busy and not opened again. So no block that a crash might bring
 //! back is ever overwritten, and what is free is what the bitmap of the last checkpoint says.
 
-use std::collections::VecDeque;
+use std::{
+    cmp::Reverse,
+    collections::{HashMap, HashSet, VecDeque},
+};
 
 use crate::layout::Geometry;
 
@@ -57,14 +60,17 @@ pub(crate) struct Allocator {
     closed_free: u64,
     /// Segments that the last checkpoint emptied.
     emptied: Vec<usize>,
+    /// Slots that the journal wrote before a crash, by segment: in use until a checkpoint knows them.
+    recovered: HashMap<usize, HashSet<u64>>,
 }
 
 impl Allocator {
     pub(crate) fn new(geometry: Geometry, live: Vec<u32>) -> Self {
         let written = vec![0; live.len()];
         let (data, index) = (Open::default(), Open::default());
-        let emptied = Vec::new();
-        let mut new = Self { geometry, live, written, data, index, period: 1, completed: 0, closed_free: 0, emptied };
+        let (emptied, recovered) = (Vec::new(), HashMap::new());
+        let (period, completed, closed_free) = (1, 0, 0);
+        let mut new = Self { geometry, live, written, data, index, period, completed, closed_free, emptied, recovered };
         new.count();
         new
     }
@@ -90,9 +96,15 @@ impl Allocator {
     }
 
     fn count(&mut self) {
-        let capacity = self.capacity();
-        let free = |segment: usize| capacity.saturating_sub(self.live.get(segment).map_or(0, |live| u64::from(*live)));
-        self.closed_free = (0..self.live.len()).filter(|segment| self.is_ready(*segment)).map(free).sum();
+        let ready = (0..self.live.len()).filter(|segment| self.is_ready(*segment));
+        self.closed_free = ready.map(|segment| self.free_in(segment)).sum();
+    }
+
+    /// Free slots of a segment that nobody has opened.
+    fn free_in(&self, segment: usize) -> u64 {
+        let live = self.live.get(segment).map_or(0, |live| u64::from(*live));
+        let recovered = self.recovered.get(&segment).map_or(0, |places| places.len() as u64);
+        self.capacity().saturating_sub(live + recovered)
     }
 
     /// Slots that can be had before the next checkpoint.
@@ -118,11 +130,10 @@ impl Allocator {
 
     /// The segment to open next; it counts as open from then on. `None` where there is none with a free slot.
     pub(crate) fn choose(&mut self, kind: Kind) -> Option<usize> {
-        let full = u32::try_from(self.capacity()).unwrap_or(u32::MAX);
-        let candidates =
-            self.live.iter().enumerate().filter(|(segment, live)| **live < full && self.is_ready(*segment));
-        let (segment, live) = candidates.min_by_key(|(_, live)| **live).map(|(segment, live)| (segment, *live))?;
-        self.closed_free -= self.capacity() - u64::from(live);
+        let ready = (0..self.live.len()).filter(|segment| self.is_ready(*segment));
+        let candidates = ready.map(|segment| (self.free_in(segment), segment)).filter(|(free, _)| *free > 0);
+        let (free, segment) = candidates.min_by_key(|(free, segment)| (Reverse(*free), *segment))?;
+        self.closed_free -= free;
         self.open(kind).chosen.push(segment);
         Some(segment)
     }
@@ -130,6 +141,10 @@ impl Allocator {
     /// Takes in the free slots of a segment that was chosen, in ascending order.
     pub(crate) fn supply(&mut self, kind: Kind, segment: usize, runs: Vec<Run>) {
         let period = self.period;
+        let runs = match self.recovered.get(&segment) {
+            None => runs,
+            Some(places) => runs.into_iter().flat_map(|run| without(run, places)).collect(),
+        };
         let open = self.open(kind);
         open.chosen.retain(|chosen| *chosen != segment);
         open.free += runs.iter().map(|run| run.length).sum::<u64>();
@@ -176,15 +191,13 @@ impl Allocator {
         Some(place)
     }
 
-    /// A slot that recovery found in use, though the checkpoint's bitmap does not know it.
-    pub(crate) fn recovered(&mut self, place: u64) {
-        let segment = self.geometry.segment_of(place);
-        let (ready, period) = (self.is_ready(segment), self.period);
-        self.mark(segment, period);
-        if ready {
-            let live = self.live.get(segment).map_or(0, |live| u64::from(*live));
-            self.closed_free -= self.capacity().saturating_sub(live);
+    /// Slots that recovery found in use, though the checkpoint's bitmap does not know them. Their segments' other slots stay free: on
+    /// a full disk a journal has written into the holes of every segment, and the next checkpoint has to go somewhere.
+    pub(crate) fn recovered(&mut self, places: &[u64]) {
+        for place in places {
+            self.recovered.entry(self.geometry.segment_of(*place)).or_default().insert(*place);
         }
+        self.count();
     }
 
     /// Ends a period; which one.
@@ -196,6 +209,7 @@ impl Allocator {
     /// The checkpoint of a period is durable, and these are the blocks in use.
     pub(crate) fn complete(&mut self, period: u64, live: Vec<u32>) {
         self.completed = period;
+        self.recovered.clear();
         let before = std::mem::replace(&mut self.live, live);
         let emptied = before.iter().zip(&self.live).enumerate().filter(|(_, (before, now))| **before > 0 && **now == 0);
         self.emptied = emptied.map(|(segment, _)| segment).collect();
@@ -242,6 +256,18 @@ impl Allocator {
     }
 }
 
+/// What of a run is not in use.
+fn without(run: Run, used: &HashSet<u64>) -> Vec<Run> {
+    let mut parts: Vec<Run> = Vec::new();
+    for place in (run.start..run.start + run.length).filter(|place| !used.contains(place)) {
+        match parts.last_mut() {
+            Some(last) if last.start + last.length == place => last.length += 1,
+            _ => parts.push(Run { start: place, length: 1 }),
+        }
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,7 +290,7 @@ mod tests {
     #[test]
     fn a_slot_is_used_once_until_its_checkpoint_is_durable() {
         let mut allocator = Allocator::new(geometry(), vec![0; 3]);
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         for step in 0..768 {
             assert_eq!(allocator.available(), 768 - step);
             let kind = if step % 5 == 0 { Kind::Index } else { Kind::Data };
@@ -281,7 +307,12 @@ mod tests {
         let mut fresh = Allocator::new(geometry(), vec![10, 0, 200]);
         assert_eq!(fresh.choose(Kind::Data), Some(1));
         assert_eq!(fresh.victims(50), [0]);
-        fresh.recovered(geometry().data_start());
-        assert_eq!(fresh.available(), 56);
+        let before = fresh.available();
+        fresh.recovered(&[geometry().data_start() + 20]);
+        assert_eq!(fresh.available(), before - 1);
+        assert_eq!(fresh.choose(Kind::Data), Some(0));
+        fresh.supply(Kind::Data, 0, vec![Run { start: geometry().data_start() + 10, length: 246 }]);
+        let taken: Vec<u64> = (0..245).map(|_| fresh.take(Kind::Data).unwrap()).collect();
+        assert!(!taken.contains(&(geometry().data_start() + 20)));
     }
 }

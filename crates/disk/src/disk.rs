@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::{
     DiskError, Geometry, RootKey, Statistics,
     cache::Cache,
+    format,
     keys::{Auditor, EPOCH_MESSAGES},
     layout::{self, BLOCK},
     node, poison,
@@ -166,6 +167,9 @@ impl Disk {
             }
             _ => None,
         };
+        if let Some(copy) = recovered.behind.filter(|_| !options.read_only) {
+            format::write_superblock_copy(&*store, &recovered.superblock, copy, key, &options.audit)?;
+        }
         let warnings = warnings(&recovered);
         let was_anchored = recovered.superblock.anchored;
         let shared = Arc::new(share(store, recovered, anchored, options, limits, fence));
@@ -291,11 +295,13 @@ impl Disk {
         }
         if shared.store.size() < geometry.store_blocks() * BLOCK {
             shared.store.grow(geometry.store_blocks() * BLOCK)?;
+            // Before a superblock says so: else a crash could leave one that is larger than its store.
+            shared.store.flush()?;
         }
-        let (mut superblock, _) = recover::read_superblock(&*shared.store, &self.root)?;
+        let (mut superblock, behind) = recover::read_superblock(&*shared.store, &self.root)?;
         superblock.geometry = geometry;
         superblock.generation += 1;
-        crate::format::write_superblock(&*shared.store, &superblock, &self.root, &shared.auditor)
+        format::write_superblock(&*shared.store, &superblock, behind, &self.root, &shared.auditor)
             .map_err(|error| shared.fail(error))?;
         *poison(shared.geometry.write()) = geometry;
         let mut next = checkpoint.clone();
@@ -493,7 +499,7 @@ fn share(
     checkpoint.live.resize(usize::try_from(geometry.segments).unwrap_or(usize::MAX), 0);
     let mut log = Log::new(&checkpoint, geometry, limits.delta);
     let replayed = recovered.replayed;
-    replayed.places.iter().for_each(|place| log.allocator.recovered(*place));
+    log.allocator.recovered(&replayed.places);
     if !replayed.delta.is_empty() {
         log.delta = replayed.delta;
     }
@@ -614,8 +620,8 @@ impl Shared {
 
 fn warnings(recovered: &Recovered) -> Vec<String> {
     let mut warnings = Vec::new();
-    if let Some(copy) = recovered.damaged_superblock {
-        warnings.push(format!("copy {copy} of the superblock is damaged; the other one was used"));
+    if let Some(copy) = recovered.behind {
+        warnings.push(format!("copy {copy} of the superblock is damaged or older than the other one, which was used"));
     }
     if recovered.damaged_checkpoints > 0 {
         warnings.push("one of the two checkpoint slots holds no authentic checkpoint; the other one was used".into());

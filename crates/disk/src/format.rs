@@ -138,21 +138,34 @@ pub fn format(
         anchor.advance(before.as_ref(), &first)?;
     }
     let superblock = Superblock { generation: 1, uuid, geometry, anchored: anchor.is_some(), masters: vec![master] };
-    write_superblock(store, &superblock, key, &options.audit)
+    write_superblock(store, &superblock, None, key, &options.audit)
 }
 
-/// Writes both copies, one after the other.
+/// Writes both copies, one after the other, first the one that is behind: a crash never leaves none that is up to date.
 pub(crate) fn write_superblock(
     store: &dyn BlockStore,
     superblock: &Superblock,
+    behind: Option<u64>,
     key: &RootKey,
     auditor: &Auditor,
 ) -> Result<(), DiskError> {
-    for copy in 0..2 {
-        store.write_at(copy * BLOCK, &superblock.encode(key, auditor).0)?;
-        store.flush()?;
+    let first = behind.unwrap_or(0);
+    for copy in [first, 1 - first] {
+        write_superblock_copy(store, superblock, copy, key, auditor)?;
     }
     Ok(())
+}
+
+/// Writes one copy, 0 or 1, and makes it durable.
+pub(crate) fn write_superblock_copy(
+    store: &dyn BlockStore,
+    superblock: &Superblock,
+    copy: u64,
+    key: &RootKey,
+    auditor: &Auditor,
+) -> Result<(), DiskError> {
+    store.write_at(copy * BLOCK, &superblock.encode(key, auditor).0)?;
+    Ok(store.flush()?)
 }
 
 fn erase_superblocks(store: &dyn BlockStore) -> Result<(), DiskError> {

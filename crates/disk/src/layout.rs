@@ -31,6 +31,9 @@ const SEGMENTS: u64 = 32_768;
 pub(crate) const MOST_SEGMENTS: u64 = 65_536;
 /// The smallest segment: 1 MiB.
 const LEAST_SEGMENT: u64 = 256;
+/// Segments beyond what blocks, metadata and reserve need: slots that were freed in an open segment, or in one that the last merge
+/// wrote index nodes to, cannot be had before it is closed and the next checkpoint is durable.
+const SPARE: u64 = 2;
 /// Slots that a bitmap page tells of.
 pub(crate) const PAGE_SLOTS: u64 = BLOCK * 8;
 /// The journal's bounds, in blocks.
@@ -56,10 +59,10 @@ impl Geometry {
     pub(crate) fn plan(blocks: u64, reserve_percent: u8) -> Self {
         let physical = Self::physical(blocks, reserve_percent);
         let mut segment_blocks = LEAST_SEGMENT;
-        while physical.div_ceil(segment_blocks) > SEGMENTS {
+        while physical.div_ceil(segment_blocks) + SPARE > SEGMENTS {
             segment_blocks *= 2;
         }
-        let segments = physical.div_ceil(segment_blocks);
+        let segments = physical.div_ceil(segment_blocks) + SPARE;
         let most_segments = (segments * 16).clamp(1024, MOST_SEGMENTS);
         Self {
             segment_blocks,
@@ -86,7 +89,7 @@ impl Geometry {
 
     /// The segments that a disk of this layout needs for `blocks` logical blocks.
     pub(crate) fn segments_for(&self, blocks: u64) -> u64 {
-        Self::physical(blocks, self.reserve_percent).div_ceil(self.segment_blocks)
+        Self::physical(blocks, self.reserve_percent).div_ceil(self.segment_blocks) + SPARE
     }
 
     /// The most segments that this layout's checkpoints have room for.

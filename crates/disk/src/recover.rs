@@ -25,8 +25,8 @@ const WINDOW: u64 = 256;
 /// What a store holds.
 pub(crate) struct Recovered {
     pub(crate) superblock: Superblock,
-    /// A copy of the superblock that is damaged, 0 or 1.
-    pub(crate) damaged_superblock: Option<usize>,
+    /// A copy of the superblock that is damaged or older than the other, 0 or 1.
+    pub(crate) behind: Option<u64>,
     pub(crate) keys: KeyRing,
     pub(crate) checkpoint: Checkpoint,
     /// Slots whose checkpoint is not authentic.
@@ -61,7 +61,7 @@ struct Held {
 pub(crate) fn recover(store: &dyn BlockStore, key: &RootKey) -> Result<Recovered, DiskError> {
     let name = store.describe();
     let damaged = |what: String| DiskError::Damaged { store: name.clone(), what };
-    let (superblock, damaged_superblock) = read_superblock(store, key)?;
+    let (superblock, behind) = read_superblock(store, key)?;
     superblock.geometry.validate(store.size() / BLOCK).map_err(&damaged)?;
     let geometry = superblock.geometry;
     let (found, damaged_checkpoints) = read_checkpoints(store, &superblock)?;
@@ -75,11 +75,11 @@ pub(crate) fn recover(store: &dyn BlockStore, key: &RootKey) -> Result<Recovered
     let keys = KeyRing::new(superblock.uuid, masters.collect(), &checkpoint.epochs);
     let journal = Journal { store, geometry, keys: &keys, window: Vec::new(), start: 0 };
     let replayed = journal.replay(&checkpoint, damaged_checkpoints > 0, &name)?;
-    Ok(Recovered { superblock, damaged_superblock, keys, checkpoint, damaged_checkpoints, replayed })
+    Ok(Recovered { superblock, behind, keys, checkpoint, damaged_checkpoints, replayed })
 }
 
-/// The superblock, and which copy of it is damaged.
-pub(crate) fn read_superblock(store: &dyn BlockStore, key: &RootKey) -> Result<(Superblock, Option<usize>), DiskError> {
+/// The superblock, and which copy of it is damaged or older.
+pub(crate) fn read_superblock(store: &dyn BlockStore, key: &RootKey) -> Result<(Superblock, Option<u64>), DiskError> {
     let name = store.describe();
     if store.size() < 2 * BLOCK {
         return Err(DiskError::NoDisk { store: name });

@@ -10,9 +10,9 @@ use crate::{DiskError, RootKey, format::write_superblock, keys::MasterKey, recov
 /// # Errors
 /// As for opening.
 pub fn change_key(store: &dyn BlockStore, old: &RootKey, new: &RootKey) -> Result<(), DiskError> {
-    let (mut superblock, _) = recover::read_superblock(store, old)?;
+    let (mut superblock, behind) = recover::read_superblock(store, old)?;
     superblock.generation += 1;
-    write_superblock(store, &superblock, new, &None)
+    write_superblock(store, &superblock, behind, new, &None)
 }
 
 /// Gives a disk another master key: what is written from then on is sealed with keys derived from it. What was written before stays as
@@ -34,5 +34,5 @@ pub fn rotate(store: &dyn BlockStore, key: &RootKey) -> Result<(), DiskError> {
     }
     superblock.masters.push(MasterKey { generation: newest + 1, key: SecretArray::random() });
     superblock.generation += 1;
-    write_superblock(store, &superblock, key, &None)
+    write_superblock(store, &superblock, recovered.behind, key, &None)
 }

@@ -9,7 +9,10 @@
 //! 4080  tag       16 bytes
 //! ```
 //! Sealed are [`Body`], then zeroes. All that changes with use is in checkpoints: a superblock is written only by format, grow and
-//! changes of keys, both copies, one after the other; of two valid copies the one of the higher generation counts.
+//! changes of keys, both copies, one after the other, first the one that is damaged or older; of two valid copies the one of the higher
+//! generation counts. An open that writes brings a copy that is behind up to date.
+
+use std::cmp::Ordering;
 
 use nacre_core::{BLOCK_SIZE, Page, SecretArray};
 use rand_core::RngCore as _;
@@ -179,13 +182,18 @@ pub fn peek(page: &Page) -> Result<[u8; 32], Refusal> {
     Ok(salt)
 }
 
-/// What both copies say together: the newer valid one, and whether the other is damaged.
-pub(crate) fn choose(copies: [&Page; 2], key: &RootKey, store: &str) -> Result<(Superblock, Option<usize>), DiskError> {
+/// What both copies say together: the newer valid one, and the copy that is not it, because it is damaged or because a crash kept it
+/// from being written.
+pub(crate) fn choose(copies: [&Page; 2], key: &RootKey, store: &str) -> Result<(Superblock, Option<u64>), DiskError> {
     let decoded = copies.map(|copy| Superblock::decode(copy, key));
     match decoded {
         [Ok(first), Ok(second)] => {
-            let newer = if second.generation > first.generation { second } else { first };
-            Ok((newer, None))
+            let behind = match first.generation.cmp(&second.generation) {
+                Ordering::Equal => None,
+                Ordering::Less => Some(0),
+                Ordering::Greater => Some(1),
+            };
+            Ok((if behind == Some(0) { second } else { first }, behind))
         }
         [Ok(only), Err(_)] => Ok((only, Some(1))),
         [Err(_), Ok(only)] => Ok((only, Some(0))),

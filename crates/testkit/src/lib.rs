@@ -5,6 +5,7 @@
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
+//! - [`sim`]: a store that crashes and fails as it is told, and the model of what a disk on it has to hold.
 //! - [`SmallDisk`]: a disk that is soon full. [`check_store`]: what every block store has to do. [`Rng`]: numbers that are the same in each run.
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
@@ -17,6 +18,7 @@ mod image;
 mod programs;
 mod rng;
 mod rootfs;
+pub mod sim;
 mod skip;
 mod store;
 mod swtpm;

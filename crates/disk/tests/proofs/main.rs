@@ -1,0 +1,17 @@
+//! What the secure disk promises, and what becomes of it when its store crashes, fails, or is changed by its host.
+//!
+//! Most tests take one seed after the other for some seconds. A failure prints its seed: `NACRE_SEED=n` repeats it; `NACRE_LONG=1`
+//! makes the time sixty times as long.
+
+mod anonymity;
+mod attack;
+mod crash;
+mod faults;
+mod full;
+mod keys;
+mod model;
+mod nonces;
+mod rig;
+mod rollback;
+mod superblock;
+mod threads;

@@ -1,0 +1,106 @@
+//! A disk that cannot be opened is never answered by a new one.
+
+use nacre_disk::DiskError;
+use nacre_testkit::{Rng, sim::SimStore};
+
+use crate::rig::{Medium, Rig, Setup};
+
+fn medium() -> (Setup, Medium) {
+    let setup = Setup::default();
+    let mut rig = Rig::new(&setup);
+    rig.write(0, 64);
+    (setup, rig.close().0)
+}
+
+/// The blocks without which nothing opens, found by trying: those of the superblock.
+fn superblocks(setup: &Setup, medium: &Medium) -> Vec<u64> {
+    let mut medium = medium.clone();
+    let mut blocks = Vec::new();
+    for block in 0..8 {
+        medium.image.change(block, |bytes| bytes.fill(0x5a));
+        blocks.push(block);
+        if setup.open(&medium).is_err() {
+            return blocks;
+        }
+    }
+    panic!("a disk without its first eight blocks opens");
+}
+
+#[test]
+fn one_copy_of_the_superblock_is_enough_and_none_is_an_error() {
+    let (setup, medium) = medium();
+    let blocks = superblocks(&setup, &medium);
+    assert!(blocks.len() >= 2, "there is only one copy");
+    for damage in 0..200 {
+        let rng = &mut Rng::new(damage);
+        let mut damaged = medium.clone();
+        for block in &blocks {
+            damaged.image.change(*block, |bytes| match damage {
+                0 => bytes.fill(0),
+                1 => bytes.fill(0xff),
+                2..5 => rng.fill(bytes),
+                _ => bytes[rng.below(4096)] ^= 1 << rng.below(8),
+            });
+        }
+        let store = SimStore::of(damaged.image.clone());
+        assert!(setup.open_store(store.clone(), None).is_err(), "damage {damage}");
+        assert_eq!(store.position(), 0, "whatever is wrong, nothing was written");
+        if damage > 4 {
+            let mut half = damaged;
+            half.image.set(blocks[0], medium.image.get(blocks[0]).cloned());
+            setup.open(&half).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_empty_store_is_no_disk() {
+    let setup = Setup::default();
+    let error = setup.open_store(setup.store(), None).err();
+    assert!(matches!(error, Some(DiskError::NoDisk { .. })), "{error:?}");
+    let error = setup.open_store(SimStore::new(0), None).err();
+    assert!(error.is_some());
+}
+
+#[test]
+fn formatting_refuses_what_is_not_empty_unless_it_is_forced() {
+    let (setup, medium) = medium();
+    let format = |store: &SimStore, force| {
+        let mut options = setup.format_options();
+        options.force = force;
+        nacre_disk::format(store, &setup.key(), None, &options)
+    };
+    let store = SimStore::of(medium.image.clone());
+    let error = format(&store, false).err();
+    assert!(matches!(error, Some(DiskError::NotEmpty { .. })), "{error:?}");
+    assert_eq!(store.position(), 0);
+    setup.open_store(store, None).unwrap();
+    // Also where only rubbish is: it may be a disk whose superblock was destroyed, or somebody's filesystem.
+    let mut damaged = medium;
+    for block in superblocks(&setup, &damaged) {
+        damaged.image.change(block, |bytes| bytes.fill(0x11));
+    }
+    let store = SimStore::of(damaged.image);
+    assert!(format(&store, false).is_err());
+    assert_eq!(store.position(), 0);
+    format(&store, true).unwrap();
+    setup.open_store(store, None).unwrap();
+}
+
+#[test]
+fn a_store_that_was_cut_off_is_an_error() {
+    let (setup, medium) = medium();
+    for blocks in [0, 1, 2, 3, 10, 100, 1000, medium.image.blocks() - 1] {
+        let mut short = medium.clone();
+        short.image.resize(blocks);
+        assert!(setup.open(&short).is_err(), "{blocks} blocks");
+    }
+}
+
+#[test]
+fn another_key_does_not_open_it() {
+    let (setup, medium) = medium();
+    let other = Setup { key: [8; 32], ..setup };
+    let error = other.open(&medium).err();
+    assert!(matches!(error, Some(DiskError::WrongKey { .. })), "{error:?}");
+}
