@@ -5,6 +5,7 @@
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
+//! - [`qemu`]: a virtual machine with another kernel.
 //! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
@@ -15,6 +16,7 @@ mod disk;
 pub mod harness;
 mod image;
 mod programs;
+pub mod qemu;
 mod rng;
 mod rootfs;
 mod skip;
