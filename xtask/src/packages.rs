@@ -1,10 +1,14 @@
 //! Programs of others that the tests use, and the Debian packages that have them.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
-use crate::run::{find, run};
+use crate::run::{find, output, run, target};
+
+/// What the names of packages begin with that are kernels for guests: they have ublk, and the signature of theirs is of no interest.
+const KERNEL: &str = "linux-image-6.12.";
+const KERNEL_ENDS: [&str; 2] = ["-cloud-amd64-unsigned", "-amd64-unsigned"];
 
 /// A program that shows whether the package is there, and the package.
 const PACKAGES: &[(&str, &str)] = &[
@@ -27,11 +31,61 @@ const PACKAGES: &[(&str, &str)] = &[
     ("setcap", "libcap2-bin"),
     ("swtpm", "swtpm"),
     ("tpm2_nvread", "tpm2-tools"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("losetup", "mount"),
+    ("fstrim", "util-linux"),
+    ("setpriv", "util-linux"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("xz", "xz-utils"),
 ];
 
 /// Installs the packages whose programs are missing, as root on Debian; elsewhere says which they are, and the tests that need
-/// them will skip.
+/// them will skip. Fetches a kernel for guests, too.
 pub(crate) fn install() -> Result<()> {
+    install_programs()?;
+    if find("apt-get").is_some()
+        && let Err(error) = guest_kernel()
+    {
+        eprintln!("there is no kernel for guests, the tests that need one will skip: {error:#}");
+    }
+    Ok(())
+}
+
+/// Fetches the kernel that guests of tests boot, once, and unpacks it in the build directory: nothing of it is installed.
+fn guest_kernel() -> Result<()> {
+    let place = target().join("guest-kernel");
+    if place.join("boot").is_dir() {
+        return Ok(());
+    }
+    let names = output(Command::new("apt-cache").args(["pkgnames", KERNEL]))?;
+    let of = |end: &str| {
+        names.lines().filter(|name| name.ends_with(end)).max_by_key(|name| version(name)).map(str::to_owned)
+    };
+    let name = KERNEL_ENDS.iter().find_map(|end| of(end)).context("apt knows no kernel 6.12")?;
+    eprintln!("fetching {name} for guests");
+    let fetched = target().join("guest-kernel.new");
+    let _ = fs::remove_dir_all(&fetched); // of a run that was interrupted
+    fs::create_dir_all(&fetched)?;
+    run(Command::new("apt-get")
+        .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &name])
+        .current_dir(&fetched))?;
+    let is_package = |path: &Path| path.extension().is_some_and(|extension| extension == "deb");
+    let mut files = fs::read_dir(&fetched)?.flatten().map(|entry| entry.path());
+    let package = files.find(|path| is_package(path)).context("apt-get downloaded nothing")?;
+    run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(&fetched))?;
+    fs::remove_file(package)?;
+    fs::rename(fetched, &place).with_context(|| format!("cannot put it into {}", place.display()))
+}
+
+/// The numbers in a name, to compare.
+fn version(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+fn install_programs() -> Result<()> {
     let missing: Vec<&str> =
         PACKAGES.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     if missing.is_empty() {

@@ -14,10 +14,16 @@ pub trait FrontEnd: Send {
     /// What people open: `/dev/ublkb0`, `/dev/loop3`, `nbd+unix:///?socket=/run/x.sock`.
     fn device(&self) -> String;
 
-    /// Serves no new requests, finishes those that were begun, flushes the store, and takes the device away.
+    /// What uses the device, for people: `mounted on /mnt`, `held by dm-0`. While there is anything, a device of the kernel is not stopped.
+    fn users(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Serves no new requests, finishes those that were begun, flushes the store, and takes the device away. A device of the kernel that is
+    /// in use is not taken away: it goes on being served as long as the process lives.
     ///
     /// # Errors
-    /// What could not be taken away, or not be flushed.
+    /// What could not be taken away, with what uses it, or not be flushed.
     fn stop(self: Box<Self>) -> std::io::Result<()>;
 
     /// Waits until the front end ends by itself: unmounted, disconnected for good, its device deleted.

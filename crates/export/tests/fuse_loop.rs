@@ -228,6 +228,7 @@ fn a_device_in_use_is_not_taken_away() {
     let mut setup = Setup::new(64 * MIB);
     let (device, at) = (setup.device(), setup.at());
     sh(&format!("mkfs.ext4 -q {device} && mount {device} {}", at.display()));
+    assert_eq!(setup.front_end.as_ref().unwrap().users(), [format!("mounted on {}", at.display())]);
     let error = Box::new(setup.front_end.take().unwrap()).stop().unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy);
     assert!(error.to_string().contains(&format!("mounted on {}", at.display())), "{error}");

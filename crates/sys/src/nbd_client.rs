@@ -85,8 +85,10 @@ pub fn attach(sockets: Vec<OwnedFd>, options: Options) -> io::Result<NbdDevice> 
     })?;
     let path = told.recv().map_err(|_| io::Error::other("the thread of the NBD device died"))??;
     let device = NbdDevice { path, serving: Some(serving) };
-    let ready = device.system().join("pid");
-    if blockdev::wait_until(READY, || ready.exists() || device.has_ended()).is_err() || device.has_ended() {
+    // Its size is the last that the kernel sets of it.
+    let (size, sectors) = (device.system().join("size"), (options.size / 512).to_string());
+    let is_ready = || fs::read_to_string(&size).is_ok_and(|text| text.trim() == sectors);
+    if blockdev::wait_until(READY, || is_ready() || device.has_ended()).is_err() || device.has_ended() {
         let path = device.path.clone();
         let error = device.disconnect().err().unwrap_or_else(|| io::ErrorKind::TimedOut.into());
         return Err(at(&path, "the kernel did not connect", &error));
@@ -195,9 +197,4 @@ fn call(device: &File, request: libc::Ioctl, argument: u64) -> io::Result<()> {
     #[expect(unsafe_code, reason = "rustix knows no ioctl of NBD")]
     let result = unsafe { libc::ioctl(device.as_raw_fd(), request, argument) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Whether the module is there, whoever may use it; for messages and tests.
-pub fn is_in_kernel() -> bool {
-    fs::exists("/sys/class/block/nbd0").unwrap_or(false)
 }

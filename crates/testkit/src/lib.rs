@@ -5,8 +5,13 @@
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
+<<<<<<< HEAD
 //! - [`sim`]: a store that crashes and fails as it is told, and the model of what a disk on it has to hold.
 //! - [`SmallDisk`]: a disk that is soon full. [`check_store`]: what every block store has to do. [`Rng`]: numbers that are the same in each run.
+=======
+//! - [`qemu`]: a virtual machine with another kernel.
+//! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
+>>>>>>> kernel
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
 
@@ -16,6 +21,7 @@ mod disk;
 pub mod harness;
 mod image;
 mod programs;
+pub mod qemu;
 mod rng;
 mod rootfs;
 pub mod sim;

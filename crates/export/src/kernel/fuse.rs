@@ -101,6 +101,10 @@ impl FrontEnd for FuseLoop {
         self.device.path().display().to_string()
     }
 
+    fn users(&self) -> Vec<String> {
+        blockdev::users(self.device.path())
+    }
+
     fn stop(mut self: Box<Self>) -> io::Result<()> {
         self.shut_down()
     }

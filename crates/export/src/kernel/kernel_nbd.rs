@@ -6,6 +6,7 @@
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
     thread::{self, JoinHandle},
 };
 
@@ -87,6 +88,10 @@ impl KernelNbd {
 impl FrontEnd for KernelNbd {
     fn device(&self) -> String {
         self.name.clone()
+    }
+
+    fn users(&self) -> Vec<String> {
+        blockdev::users(Path::new(&self.name))
     }
 
     fn stop(mut self: Box<Self>) -> io::Result<()> {

@@ -17,7 +17,7 @@ use std::{
 use nacre_core::{BLOCK_SIZE, BlockError, ReadRequest, WriteRequest};
 use nacre_sys::{
     blockdev,
-    ublk::{Control, DeviceId, MAX_REQUEST, Operation, Params, Queue, Request, Waited},
+    ublk::{Channel, Control, DeviceId, MAX_REQUEST, Operation, Params, Queue, Request, Waited},
 };
 
 use super::{DeviceOptions, StartError, cpus, mark_thread, outcome};
@@ -87,22 +87,25 @@ impl Ublk {
         let sectors = Arc::new(Sectors::new(store));
         let living = Arc::new(Living::default());
         let mut device = Self { control, id, queues: Vec::new(), living, sectors, stopped: false };
+        let channel = Channel::open(id).map_err(StartError::failed("open a ublk device"))?;
         for number in 0..count {
-            let queue = device.serve(number).map_err(StartError::failed("serve a queue of a ublk device"))?;
+            let queue =
+                device.serve(channel.clone(), number).map_err(StartError::failed("serve a queue of a ublk device"))?;
             device.queues.push(queue);
         }
+        drop(channel);
         let params = Params { size, block_size: options.block_size, read_only: options.read_only };
         device.control.start(id, params).map_err(StartError::failed("start a ublk device"))?;
         Ok(device)
     }
 
     /// Starts the thread of a queue, and waits until it has asked for requests.
-    fn serve(&self, number: u16) -> io::Result<JoinHandle<()>> {
+    fn serve(&self, channel: Channel, number: u16) -> io::Result<JoinHandle<()>> {
         let (tell, told) = mpsc::channel();
         let (id, sectors, living) = (self.id, self.sectors.clone(), self.living.clone());
         let thread = thread::Builder::new().name(format!("ublk-{number}")).spawn(move || {
             mark_thread();
-            let opened = Queue::open(id, number, DEPTH);
+            let opened = Queue::open(channel, number, DEPTH);
             living.add();
             let queue = match opened {
                 Ok(queue) => {
@@ -151,6 +154,10 @@ impl Ublk {
 impl FrontEnd for Ublk {
     fn device(&self) -> String {
         self.id.block().display().to_string()
+    }
+
+    fn users(&self) -> Vec<String> {
+        blockdev::users(&self.id.block())
     }
 
     fn stop(mut self: Box<Self>) -> io::Result<()> {

@@ -3,7 +3,7 @@
 //! A device is made in four steps, and unmade in the opposite order:
 //!
 //! 1. [`Control::add`] makes the character device `/dev/ublkcN`.
-//! 2. Each of its queues is opened by the thread that serves it ([`Queue::open`]), which asks for the first request of each of the
+//! 2. That is opened ([`Channel::open`]), and each of its queues by the thread that serves it ([`Queue::open`]), which asks for the first request of each of the
 //!    queue's tags. All further commands of a queue come from that thread: the kernel insists.
 //! 3. [`Control::start`] sets what the device is like and makes `/dev/ublkbN`. It returns when all queues are waiting.
 //! 4. [`Queue::wait`] hands out requests, [`Queue::complete`] answers one and asks for the tag's next.
@@ -19,7 +19,7 @@ mod control;
 mod queue;
 
 pub use control::{Control, DeviceId, Found, Params};
-pub use queue::{Data, Operation, Queue, Request, Waited};
+pub use queue::{Channel, Data, Operation, Queue, Request, Waited};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types::Fd};
 use zerocopy::IntoBytes as _;
@@ -73,10 +74,27 @@ pub struct Data<'a> {
     queue: u16,
 }
 
+/// The character device, which the kernel lets be opened once: its queues share it.
+#[derive(Clone, Debug)]
+pub struct Channel(Arc<File>);
+
+impl Channel {
+    /// Opens that of a device.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn open(device: DeviceId) -> io::Result<Self> {
+        let path = device.served();
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let file = file.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+        Ok(Self(Arc::new(file)))
+    }
+}
+
 /// A queue of a device, served by the thread that opened it.
 pub struct Queue {
     ring: IoUring<squeue::Entry128>,
-    file: File,
+    file: Arc<File>,
     descriptors: Descriptors,
     number: u16,
     depth: u16,
@@ -97,9 +115,9 @@ impl Queue {
     ///
     /// # Errors
     /// The kernel's answer.
-    pub fn open(device: DeviceId, number: u16, depth: u16) -> io::Result<Self> {
+    pub fn open(channel: Channel, number: u16, depth: u16) -> io::Result<Self> {
         let depth = depth.clamp(1, MAX_DEPTH);
-        let file = OpenOptions::new().read(true).write(true).open(device.served())?;
+        let Channel(file) = channel;
         let descriptors = Descriptors::map(&file, number, depth)?;
         let ring = IoUring::builder().setup_single_issuer().setup_coop_taskrun().build(u32::from(depth))?;
         let mut queue =
