@@ -1,10 +1,10 @@
-//! Programs of others that the tests use, and the Debian packages that have them.
+//! Programs of others that the tests use, and the Debian and Python packages that have them.
 
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
-use crate::run::{find, run};
+use crate::run::{find, run, target};
 
 /// A program that shows whether the package is there, and the package.
 const PACKAGES: &[(&str, &str)] = &[
@@ -25,11 +25,38 @@ const PACKAGES: &[(&str, &str)] = &[
     ("getfacl", "acl"),
     ("unshare", "util-linux"),
     ("setcap", "libcap2-bin"),
+    ("losetup", "mount"),
+    ("mkfs.ext4", "e2fsprogs"),
 ];
+
+/// An S3 that is not ours, from PyPI: Debian has none. Flask is what its server runs on; its own extra for that wants far more.
+const MOTO: &[&str] = &["moto[s3]==5.2.5", "flask==3.1.3", "flask-cors==6.0.5"];
+
+/// Installs what tests need and what is missing of it.
+pub(crate) fn install() -> Result<()> {
+    debian()?;
+    if let Err(error) = moto() {
+        eprintln!("the S3 emulator moto cannot be had: its tests will skip themselves: {error:#}");
+    }
+    Ok(())
+}
+
+/// Makes the virtual environment of the S3 emulator, below the target directory.
+fn moto() -> Result<()> {
+    let place = target().join("moto");
+    if place.join("bin/moto_server").is_file() {
+        return Ok(());
+    }
+    let python = find("python3").context("python3 is not installed")?;
+    eprintln!("installing {} into {}", MOTO.join(", "), place.display());
+    run(Command::new(python).args(["-m", "venv"]).arg(&place))?;
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    run(Command::new(place.join("bin/python3")).args(pip).args(MOTO))
+}
 
 /// Installs the packages whose programs are missing, as root on Debian; elsewhere says which they are, and the tests that need
 /// them will skip.
-pub(crate) fn install() -> Result<()> {
+fn debian() -> Result<()> {
     let missing: Vec<&str> =
         PACKAGES.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     if missing.is_empty() {

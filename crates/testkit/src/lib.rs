@@ -1,7 +1,7 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`DockerRegistry`], [`Tls`]: programs that are not ours.
+//! - [`DockerRegistry`], [`MotoServer`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
@@ -17,6 +17,7 @@ mod image;
 mod programs;
 mod rng;
 mod rootfs;
+mod s3;
 mod skip;
 mod store;
 mod tar;
@@ -28,6 +29,7 @@ pub use nacre_registry as registry;
 pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
 pub use rng::Rng;
 pub use rootfs::tiny_rootfs;
+pub use s3::MotoServer;
 pub use skip::{require, root, shared, skip};
 pub use store::check_store;
 pub use tar::{Entry, Layer};
