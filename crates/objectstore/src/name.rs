@@ -80,7 +80,7 @@ impl Descriptor {
 }
 
 /// What an object below the prefix is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Name {
     /// A chunk as a whole.
     Base { chunk: u64, generation: u64 },

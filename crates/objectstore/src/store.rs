@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
+use bytes::Bytes;
 use nacre_core::{BLOCK_SIZE, BlockError, BlockStore, Page, ReadRequest, WriteRequest, check_range};
 use object_store::Error;
 
@@ -19,6 +20,9 @@ use crate::{
 
 /// How often a read looks again where an object is, because it was superseded between looking and reading.
 const READ_TRIES: usize = 8;
+
+/// Bytes between two ranges of an object that are fetched along with both: less than what a request of its own costs.
+const MAX_GAP: u64 = 32 << 10;
 
 /// How much of a write is taken in before the bound of the buffer is looked at again.
 const WRITE_STEP: usize = 1 << 20;
@@ -79,6 +83,52 @@ struct Fetch {
     place: usize,
     name: Name,
     range: Range<u64>,
+}
+
+/// Fetches that are one request: ranges of one object that lie close together.
+struct Group {
+    name: Name,
+    range: Range<u64>,
+    members: Vec<usize>,
+}
+
+/// Puts fetches together.
+fn group(fetches: &[Fetch]) -> Vec<Group> {
+    let mut order: Vec<(usize, &Fetch)> = fetches.iter().enumerate().collect();
+    order.sort_unstable_by_key(|(_, fetch)| (fetch.name, fetch.range.start));
+    let mut groups: Vec<Group> = Vec::new();
+    for (index, fetch) in order {
+        match groups.last_mut() {
+            Some(last) if last.name == fetch.name && fetch.range.start <= last.range.end + MAX_GAP => {
+                last.range.end = last.range.end.max(fetch.range.end);
+                last.members.push(index);
+            }
+            _ => groups.push(Group { name: fetch.name, range: fetch.range.clone(), members: vec![index] }),
+        }
+    }
+    groups
+}
+
+impl Fetch {
+    /// Copies its part of what was got to its place; an error says whether the object is missing, and what happened.
+    fn deliver(
+        &self,
+        group: &Group,
+        got: Result<&Bytes, &(bool, String)>,
+        buffer: &mut [u8],
+    ) -> Result<(), (bool, String)> {
+        let bytes = got.map_err(Clone::clone)?;
+        let count = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        let (start, length) = (count(self.range.start - group.range.start), count(self.range.end - self.range.start));
+        let part = bytes.get(start..start.saturating_add(length));
+        match (part, buffer.get_mut(self.place..self.place.saturating_add(length))) {
+            (Some(part), Some(place)) => {
+                place.copy_from_slice(part);
+                Ok(())
+            }
+            _ => Err((false, format!("it ends after {} of the bytes from {}", bytes.len(), group.range.start))),
+        }
+    }
 }
 
 impl ObjectBlockStore {
@@ -216,28 +266,25 @@ impl ObjectBlockStore {
         for attempt in 1.. {
             let fetches = self.look_up(reads, &waiting);
             waiting.clear();
-            let ranges = fetches.iter().map(|fetch| (fetch.name.to_string(), fetch.range.clone())).collect();
-            for (fetch, got) in fetches.iter().zip(self.objects.get(ranges)) {
-                let Some(read) = reads.get_mut(fetch.read) else { continue };
-                let length = fetch.range.end - fetch.range.start;
-                let place = fetch.place..fetch.place + usize::try_from(length).unwrap_or(usize::MAX - fetch.place);
-                let what = match (got, read.buffer.get_mut(place)) {
-                    (Ok(bytes), Some(place)) if bytes.len() == place.len() => {
-                        place.copy_from_slice(&bytes);
-                        continue;
-                    }
-                    (Ok(bytes), _) => format!("{} gave {} bytes instead of {length}", fetch.name, bytes.len()),
-                    // Superseded and deleted meanwhile, so by now it is elsewhere.
-                    (Err(Error::NotFound { .. }), _) if attempt < READ_TRIES => {
-                        if waiting.last() != Some(&fetch.read) {
-                            waiting.push(fetch.read);
+            let groups = group(&fetches);
+            let ranges = groups.iter().map(|group| (group.name.to_string(), group.range.clone())).collect();
+            for (group, got) in groups.iter().zip(self.objects.get(ranges)) {
+                let got = got.map_err(|error| (matches!(error, Error::NotFound { .. }), error.to_string()));
+                for fetch in group.members.iter().filter_map(|index| fetches.get(*index)) {
+                    let Some(read) = reads.get_mut(fetch.read) else { continue };
+                    match fetch.deliver(group, got.as_ref(), read.buffer) {
+                        Ok(()) => {}
+                        // Superseded and deleted meanwhile, so by now it is elsewhere.
+                        Err((true, _)) if attempt < READ_TRIES => waiting.push(fetch.read),
+                        Err((_, what)) => {
+                            let what = format_args!("{}: {what}", fetch.name);
+                            *read.outcome = Err(self.error("read", read.offset, read.buffer.len() as u64, what));
                         }
-                        continue;
                     }
-                    (Err(error), _) => format!("{}: {error}", fetch.name),
-                };
-                *read.outcome = Err(self.error("read", read.offset, read.buffer.len() as u64, what));
+                }
             }
+            waiting.sort_unstable();
+            waiting.dedup();
             if waiting.is_empty() {
                 break;
             }
