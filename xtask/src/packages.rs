@@ -1,4 +1,4 @@
-//! Programs of others that the tests use, and the Debian packages that have them.
+//! Programs of others that the tests use, and the Debian and Python packages that have them.
 
 use std::{fs, path::Path, process::Command};
 
@@ -42,10 +42,16 @@ const PACKAGES: &[(&str, &str)] = &[
     ("xz", "xz-utils"),
 ];
 
-/// Installs the packages whose programs are missing, as root on Debian; elsewhere says which they are, and the tests that need
-/// them will skip. Fetches a kernel for guests, too.
+/// An S3 that is not ours, from PyPI: Debian has none. Flask is what its server runs on; its own extra for that wants far more.
+const MOTO: &[&str] = &["moto[s3]==5.2.5", "flask==3.1.3", "flask-cors==6.0.5"];
+
+/// Installs what tests need and what is missing of it, as root on Debian; elsewhere says what is missing, and the tests that need it
+/// will skip.
 pub(crate) fn install() -> Result<()> {
     install_programs()?;
+    if let Err(error) = moto() {
+        eprintln!("the S3 emulator moto cannot be had: its tests will skip themselves: {error:#}");
+    }
     if find("apt-get").is_some()
         && let Err(error) = guest_kernel()
     {
@@ -54,13 +60,30 @@ pub(crate) fn install() -> Result<()> {
     Ok(())
 }
 
+/// Makes the virtual environment of the S3 emulator, below the target directory.
+fn moto() -> Result<()> {
+    let place = target().join("moto");
+    if place.join("bin/moto_server").is_file() {
+        return Ok(());
+    }
+    let python = find("python3").context("python3 is not installed")?;
+    eprintln!("installing {} into {}", MOTO.join(", "), place.display());
+    run(Command::new(python).args(["-m", "venv"]).arg(&place))?;
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    run(Command::new(place.join("bin/python3")).args(pip).args(MOTO))
+}
+
 /// Fetches the kernel that guests of tests boot, once, and unpacks it in the build directory: nothing of it is installed.
 fn guest_kernel() -> Result<()> {
     let place = target().join("guest-kernel");
     if place.join("boot").is_dir() {
         return Ok(());
     }
-    let names = output(Command::new("apt-cache").args(["pkgnames", KERNEL]))?;
+    let mut names = output(Command::new("apt-cache").args(["pkgnames", KERNEL]))?;
+    if names.is_empty() {
+        let _ = run(Command::new("apt-get").args(["-qq", "update"])); // there is no index yet
+        names = output(Command::new("apt-cache").args(["pkgnames", KERNEL]))?;
+    }
     let of = |end: &str| {
         names.lines().filter(|name| name.ends_with(end)).max_by_key(|name| version(name)).map(str::to_owned)
     };
@@ -91,7 +114,7 @@ fn install_programs() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let root = std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    let root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     if !root || find("apt-get").is_none() {
         eprintln!("missing programs of the packages {}: their tests will skip themselves", missing.join(", "));
         return Ok(());

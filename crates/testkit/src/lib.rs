@@ -1,17 +1,14 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`DockerRegistry`], [`Swtpm`], [`Tls`]: programs that are not ours.
+//! - [`DockerRegistry`], [`MotoServer`], [`Swtpm`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
-<<<<<<< HEAD
 //! - [`sim`]: a store that crashes and fails as it is told, and the model of what a disk on it has to hold.
 //! - [`SmallDisk`]: a disk that is soon full. [`check_store`]: what every block store has to do. [`Rng`]: numbers that are the same in each run.
-=======
 //! - [`qemu`]: a virtual machine with another kernel.
 //! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
->>>>>>> kernel
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
 
@@ -25,6 +22,7 @@ pub mod qemu;
 mod rng;
 mod rootfs;
 pub mod sim;
+mod s3;
 mod skip;
 mod store;
 mod swtpm;
@@ -37,6 +35,7 @@ pub use nacre_registry as registry;
 pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
 pub use rng::Rng;
 pub use rootfs::tiny_rootfs;
+pub use s3::MotoServer;
 pub use skip::{require, root, shared, skip};
 pub use store::check_store;
 pub use swtpm::Swtpm;
