@@ -196,7 +196,8 @@ impl Worker<'_> {
         let together = requests.len() > 1 && sectors.write_many(&requests).is_ok();
         let (mut durable, mut flush) = (Vec::new(), None);
         for item in items.drain(..) {
-            let outcome = if together && whole(&item) { Ok(()) } else { sectors.write(item.request.offset, batch.data(item)) };
+            let outcome =
+                if together && whole(&item) { Ok(()) } else { sectors.write(item.request.offset, batch.data(item)) };
             if item.request.is_fua() && outcome.is_ok() {
                 durable.push(item.request);
             } else {

@@ -145,7 +145,8 @@ impl Timed {
 
 /// What a time-out of a socket says, by a name that people understand.
 fn timed<T>(result: io::Result<T>) -> io::Result<T> {
-    result.map_err(|error| if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error })
+    result
+        .map_err(|error| if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error })
 }
 
 impl Read for Timed {

@@ -162,7 +162,9 @@ pub enum Errno {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// Something else is spoken there.
-    #[error("{what} begins with {found:#x}, not with {expected:#x}: the other side does not speak NBD, or is out of step")]
+    #[error(
+        "{what} begins with {found:#x}, not with {expected:#x}: the other side does not speak NBD, or is out of step"
+    )]
     Magic {
         /// What should have begun there.
         what: &'static str,

@@ -94,7 +94,8 @@ impl Table {
         if self.exclusive == 0 {
             return false;
         }
-        let overlap = |other: &Entry| own.ranges.iter().any(|own| other.ranges.iter().any(|other| own.overlaps(*other)));
+        let overlap =
+            |other: &Entry| own.ranges.iter().any(|own| other.ranges.iter().any(|other| own.overlaps(*other)));
         older.iter().any(|older| (own.exclusive || older.exclusive) && overlap(older))
     }
 }
