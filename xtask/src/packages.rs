@@ -89,7 +89,7 @@ fn install_programs() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let root = std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    let root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
     if !root || find("apt-get").is_none() {
         eprintln!("missing programs of the packages {}: their tests will skip themselves", missing.join(", "));
         return Ok(());
@@ -111,4 +111,15 @@ fn install_programs() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let (older, newer) = ("linux-image-6.12.107+deb12-cloud-amd64", "linux-image-6.12.1107+deb12-cloud-amd64");
+        assert!(version(older) < version(newer) && version("linux-image-6.12.99+deb12") < version(older));
+    }
 }
