@@ -137,3 +137,14 @@ fn install_programs() -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let (older, newer) = ("linux-image-6.12.107+deb12-cloud-amd64", "linux-image-6.12.1107+deb12-cloud-amd64");
+        assert!(version(older) < version(newer) && version("linux-image-6.12.99+deb12") < version(older));
+    }
+}

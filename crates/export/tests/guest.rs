@@ -1,6 +1,13 @@
 //! The front ends that this machine's kernel may not have, in a guest with Debian's 6.12 kernel: ublk and the kernel's NBD client, with
 //! a real filesystem, trims, damage, a server that is killed, and the choice among what there is. One boot for all.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "what fails here fails the test; the lints know only tests of the standard harness"
+)]
+
 mod common;
 
 use std::{

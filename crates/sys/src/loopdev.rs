@@ -11,13 +11,12 @@ use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::ioctl::{self, IntegerSetter, NoArg, Setter};
+use rustix::ioctl::{self, IntegerSetter, Setter};
 
 use crate::blockdev;
 
 const CONTROL: &str = "/dev/loop-control";
 const LOOP_CLR_FD: u32 = 0x4c01;
-const LOOP_SET_CAPACITY: u32 = 0x4c07;
 const LOOP_CONFIGURE: u32 = 0x4c0a;
 const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 
@@ -159,11 +158,6 @@ fn configure(device: &File, file: &impl AsFd, options: Options<'_>) -> io::Resul
 }
 
 impl LoopDevice {
-    /// An existing device.
-    pub fn existing(path: PathBuf) -> Self {
-        Self { path }
-    }
-
     /// Where it is: `/dev/loop3`.
     pub fn path(&self) -> &Path {
         &self.path
@@ -172,20 +166,6 @@ impl LoopDevice {
     /// Whether the kernel reads and writes the file directly, without a second copy in its page cache.
     pub fn is_direct(&self) -> bool {
         fs::read_to_string(self.system().join("dio")).is_ok_and(|text| text.trim() == "1")
-    }
-
-    /// The kernel looks again how large the file is.
-    ///
-    /// # Errors
-    /// The system's answer.
-    pub fn resize(&self) -> io::Result<()> {
-        let device = File::open(&self.path)?;
-        // SAFETY: LOOP_SET_CAPACITY takes no argument.
-        #[expect(unsafe_code, reason = "rustix knows no ioctl of loop devices")]
-        unsafe {
-            ioctl::ioctl(device, NoArg::<{ LOOP_SET_CAPACITY as ioctl::Opcode }>::new())?;
-        }
-        Ok(())
     }
 
     /// Writes out what the kernel holds of the device and takes it from its file.
@@ -246,11 +226,6 @@ mod tests {
         let device = attach(&file, Options { block_size: 4096, read_only: false, label: "a test" }).unwrap();
         let found = of_file(&path);
         assert_eq!(found.iter().map(LoopDevice::path).collect::<Vec<_>>(), [device.path()]);
-        file.set_len(2 << 20).unwrap();
-        device.resize().unwrap();
-        let size = Path::new("/sys/class/block").join(device.path().file_name().unwrap()).join("size");
-        assert_eq!(fs::read_to_string(size).unwrap().trim(), "4096", "512-byte sectors");
-
         let claimed = blockdev::claim(device.path()).unwrap();
         let error = device.detach().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{error}");

@@ -43,6 +43,10 @@ const MAX_READ: u32 = 16 << 20;
 /// What a thread keeps of its buffer from read to read.
 const KEPT: usize = 1 << 20;
 
+/// A block, as FUSE counts.
+const BLOCK: u32 = 4096;
+const _: () = assert!(BLOCK as usize == BLOCK_SIZE);
+
 /// Of linux/falloc.h.
 const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2;
@@ -131,7 +135,7 @@ impl DiskFile {
             uid: self.owner.0,
             gid: self.owner.1,
             rdev: 0,
-            blksize: BLOCK_SIZE as u32,
+            blksize: BLOCK,
             flags: 0,
         })
     }
@@ -311,6 +315,6 @@ impl Filesystem for DiskFile {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         let blocks = self.size() / BLOCK_SIZE as u64;
-        reply.statfs(blocks, 0, 0, 2, 0, BLOCK_SIZE as u32, 255, BLOCK_SIZE as u32);
+        reply.statfs(blocks, 0, 0, 2, 0, BLOCK, 255, BLOCK);
     }
 }

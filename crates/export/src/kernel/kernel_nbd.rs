@@ -4,6 +4,7 @@
 //! is a connection for each CPU. When the server is killed, the kernel ends the device by itself; nothing is left to clean up.
 
 use std::{
+    fs::File,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
@@ -66,16 +67,16 @@ impl KernelNbd {
     }
 
     fn shut_down(&mut self) -> io::Result<()> {
-        if let Some(device) = &self.device
-            && !device.has_ended()
-        {
-            // What the kernel holds is written out first, while nobody can mount it.
-            let claimed = blockdev::claim(device.path())?;
-            if let Err(error) = claimed.sync_all() {
-                tracing::error!(device = self.name, %error, "not all that was written could be written out");
-            }
+        // What the kernel holds is written out first; and nobody can mount it meanwhile.
+        let claimed = match &self.device {
+            Some(device) if !device.has_ended() => Some(blockdev::claim(device.path())?),
+            _ => None,
+        };
+        if let Some(Err(error)) = claimed.as_ref().map(File::sync_all) {
+            tracing::error!(device = self.name, %error, "not all that was written could be written out");
         }
         let ended = self.device.take().map_or(Ok(()), NbdDevice::disconnect);
+        drop(claimed);
         for server in self.servers.drain(..) {
             server.join().map_err(|_| io::Error::other("a thread that served NBD died"))?;
         }
@@ -110,9 +111,6 @@ impl Drop for KernelNbd {
         {
             // Whoever uses it goes on being served as long as the process lives.
             tracing::warn!(%error, "an NBD device was not taken away");
-            if let Some(device) = self.device.take() {
-                std::mem::forget(device);
-            }
         }
     }
 }

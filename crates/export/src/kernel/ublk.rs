@@ -8,9 +8,10 @@
 //! Nothing is written where the kernel shows it: what a killed server leaves is a device without a disk, which [`cleanup`] deletes.
 
 use std::{
+    fs::File,
     io,
     path::Path,
-    sync::{Arc, Condvar, Mutex, PoisonError, mpsc},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread::{self, JoinHandle},
 };
 
@@ -56,20 +57,32 @@ struct Living {
 }
 
 impl Living {
-    fn add(&self) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-    }
-
-    fn remove(&self) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.changed.notify_all();
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait_for_none(&self) {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.count();
         while *count > 0 {
             count = self.changed.wait(count).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+}
+
+/// One that is served, until its thread ends, however that is.
+struct Alive(Arc<Living>);
+
+impl Alive {
+    fn new(living: Arc<Living>) -> Self {
+        *living.count() += 1;
+        Self(living)
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.changed.notify_all();
     }
 }
 
@@ -105,26 +118,18 @@ impl Ublk {
         let (id, sectors, living) = (self.id, self.sectors.clone(), self.living.clone());
         let thread = thread::Builder::new().name(format!("ublk-{number}")).spawn(move || {
             mark_thread();
-            let opened = Queue::open(channel, number, DEPTH);
-            living.add();
-            let queue = match opened {
-                Ok(queue) => {
-                    let _ = tell.send(Ok(()));
-                    Some(queue)
-                }
-                Err(error) => {
-                    let _ = tell.send(Err(error));
-                    None
-                }
+            let queue = match Queue::open(channel, number, DEPTH) {
+                Ok(queue) => queue,
+                Err(error) => return drop(tell.send(Err(error))),
             };
-            if let Some(queue) = queue {
-                let device = id.block().display().to_string();
-                let mut worker = Worker { queue, sectors: &sectors, device, pages: PageBuffer::default() };
-                if let Err(error) = worker.run() {
-                    tracing::error!(device = worker.device, %error, "a queue is served no more");
-                }
+            let _alive = Alive::new(living);
+            let _ = tell.send(Ok(()));
+            let device = id.block().display().to_string();
+            let mut worker = Worker { queue, sectors: &sectors, device, pages: PageBuffer::default() };
+            // When the queue is dropped, the kernel fails what is on it and stops the device.
+            if let Err(error) = worker.run() {
+                tracing::error!(device = worker.device, %error, "a queue is served no more");
             }
-            living.remove();
         })?;
         told.recv().unwrap_or_else(|_| Err(io::Error::other("the thread of a queue died")))?;
         Ok(thread)
@@ -132,16 +137,13 @@ impl Ublk {
 
     fn shut_down(&mut self) -> io::Result<()> {
         let block = self.id.block();
-        if block.exists() {
-            // What the kernel holds is written out while the queues are served; and nobody can mount it meanwhile.
-            let claimed = blockdev::claim(&block)?;
-            let written = claimed.sync_all();
-            drop(claimed);
-            if let Err(error) = written {
-                tracing::error!(device = %block.display(), %error, "not all that was written could be written out");
-            }
+        // What the kernel holds is written out while the queues are served; and nobody can mount it meanwhile.
+        let claimed = if block.exists() { Some(blockdev::claim(&block)?) } else { None };
+        if let Some(Err(error)) = claimed.as_ref().map(File::sync_all) {
+            tracing::error!(device = %block.display(), %error, "not all that was written could be written out");
         }
         self.control.stop(self.id)?;
+        drop(claimed);
         for queue in self.queues.drain(..) {
             queue.join().map_err(|_| io::Error::other("the thread of a queue died"))?;
         }

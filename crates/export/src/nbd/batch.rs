@@ -116,7 +116,7 @@ impl Batch {
             let (at, stop) = self.parse();
             match stop {
                 Stop::End(end) => return Err(end),
-                Stop::Large(request) if self.items.is_empty() => return self.take_large(at, request, inbox, transport),
+                Stop::Large(request) if self.items.is_empty() => return self.take_large(request, inbox, transport),
                 // Nobody waits for a reply until data have come that have nothing to do with it.
                 _ if !self.items.is_empty() => {
                     inbox.expecting = matches!(stop, Stop::Large(_));
@@ -152,7 +152,7 @@ impl Batch {
                     self.items.push(Item { request, data: Data::None });
                     return (begin, Stop::End(End::TooLong(request.length)));
                 }
-                Command::Write if request.payload() > SMALL => return (begin, Stop::Large(request)),
+                Command::Write if request.payload() > SMALL => return (at, Stop::Large(request)),
                 Command::Write if rest.len() < Request::LEN + request.payload() => return (at, Stop::Incomplete),
                 Command::Write => Data::Input(begin..begin + request.payload()),
                 Command::Read => {
@@ -169,11 +169,11 @@ impl Batch {
         }
     }
 
-    /// Takes a large write, of whose data the input holds the beginning, `at`.
-    fn take_large(&mut self, at: usize, request: Request, inbox: &mut Inbox, link: &Transport) -> Result<(), End> {
+    /// Takes a large write, with which the input begins, and maybe some of its data.
+    fn take_large(&mut self, request: Request, inbox: &mut Inbox, link: &Transport) -> Result<(), End> {
         let length = request.payload();
         let pages = self.large.get(length);
-        let here = self.input.get(at..self.filled).unwrap_or_default();
+        let here = self.input.get(Request::LEN..self.filled).unwrap_or_default();
         let mut done = here.len().min(length);
         let (first, more) = here.split_at(done);
         if let Some(place) = pages.get_mut(..done) {

@@ -9,9 +9,7 @@ use std::{
     time::Duration,
 };
 
-use nacre_core::{
-    BLOCK_SIZE, BlockError, BlockStore, ReadRequest, WriteRequest, check_range,
-};
+use nacre_core::{BLOCK_SIZE, BlockError, BlockStore, ReadRequest, WriteRequest, check_range};
 
 /// A store whose data are in memory. What is in one piece of `PIECE` bytes is under one lock.
 pub(crate) struct Memory {
