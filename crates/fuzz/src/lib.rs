@@ -9,6 +9,7 @@
 
 mod anchors;
 mod attestation;
+mod disks;
 mod encryption;
 mod images;
 mod layers;
@@ -57,6 +58,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "token", run: attestation::token, seeds: attestation::tokens },
     Target { name: "tpm_response", run: anchors::tpm_response, seeds: anchors::tpm_responses },
     Target { name: "anchor_spec", run: anchors::spec, seeds: anchors::specs },
+    Target { name: "superblock", run: disks::superblock, seeds: disks::numbers },
+    Target { name: "checkpoint", run: disks::checkpoint, seeds: disks::numbers },
+    Target { name: "journal", run: disks::journal, seeds: disks::numbers },
+    Target { name: "index_node", run: disks::index_node, seeds: disks::numbers },
+    Target { name: "disk_image", run: disks::image, seeds: disks::images },
 ];
 
 /// The target of that name.

@@ -39,6 +39,11 @@ smoke!(
     services,
     tpm_response,
     anchor_spec,
+    superblock,
+    checkpoint,
+    journal,
+    index_node,
+    disk_image,
 );
 
 #[test]

@@ -2,7 +2,10 @@
 //!
 //! Two disks are attacked: one that was closed, and one that crashed. What an attack may show besides the truth and errors is an older
 //! state as a whole, without an anchor: whoever can put back an old image can also make the last commits vanish. With an anchor that
-//! moves with each flush nothing but the truth is right.
+//! moves with each flush nothing but the truth is right; and of a disk that was closed no change of a single block shows anything else.
+//!
+//! All blocks in use are attacked, and all pairs of those of a tiny disk; of the blocks that were never written one in sixteen, or all of
+//! them with `NACRE_LONG=1`.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +13,7 @@ use nacre_core::BlockStore as _;
 use nacre_disk::AnchorWindow;
 use nacre_testkit::{
     Rng,
-    sim::{Damage, Model, Profile, Recording, Workload, seed},
+    sim::{Damage, Model, Profile, Recording, Verdict, Workload, long, seed},
 };
 
 use crate::rig::{BLOCK, Medium, Rig, Setup};
@@ -23,6 +26,7 @@ struct Victim {
     model: Model,
     /// Which states it may show.
     truth: Vec<u64>,
+    closed: bool,
 }
 
 /// What the attacks led to.
@@ -36,6 +40,16 @@ struct Outcomes {
     unharmed: usize,
     /// It showed an older state.
     older: usize,
+}
+
+impl Outcomes {
+    fn count(&mut self, verdict: &Verdict, last: u64) {
+        match (verdict.damaged.is_empty(), verdict.steps.contains(&last)) {
+            (_, false) => self.older += 1,
+            (true, true) => self.unharmed += 1,
+            (false, true) => self.damaged += 1,
+        }
+    }
 }
 
 impl Victim {
@@ -57,7 +71,7 @@ impl Victim {
         if !anchored {
             truth.extend(past.model.commits().iter().filter(|step| **step != last));
         }
-        Self { setup, medium, recording: past.recording, model: past.model, truth }
+        Self { setup, medium, recording: past.recording, model: past.model, truth, closed }
     }
 
     /// What becomes of the changed medium.
@@ -68,12 +82,7 @@ impl Victim {
         };
         let verdict = self.model.judge(&opened.disk, &self.truth, Damage::Named);
         let verdict = verdict.unwrap_or_else(|wrong| panic!("{}: {wrong}", what()));
-        let last = self.model.step();
-        match (verdict.damaged.is_empty(), verdict.steps.contains(&last)) {
-            (_, false) => outcomes.older += 1,
-            (true, true) => outcomes.unharmed += 1,
-            (false, true) => outcomes.damaged += 1,
-        }
+        outcomes.count(&verdict, self.model.step());
     }
 
     /// Attacks with a block that is not what it was.
@@ -81,7 +90,12 @@ impl Victim {
         let mut medium = self.medium.clone();
         medium.image.change(block, change);
         if medium.image.bytes(block) != self.medium.image.bytes(block) {
+            let before = outcomes.older;
             self.attack(&medium, &|| format!("block {block} {what}"), outcomes);
+            assert!(
+                !self.closed || outcomes.older == before,
+                "block {block} {what}: a closed disk shows an older state"
+            );
         }
     }
 
@@ -106,11 +120,12 @@ fn victims(name: &str, ops: usize, attack: impl Fn(&Victim, &mut Rng, &mut Outco
 #[test]
 fn a_flipped_bit_anywhere_is_harmless_or_an_error() {
     victims("flip", 60, |victim, rng, outcomes| {
-        for block in 0..victim.medium.image.blocks() {
+        let step = if long() { 1 } else { 16 };
+        let unused = (0..victim.medium.image.blocks()).step_by(step);
+        for block in unused.chain(victim.written()) {
             let (at, bit) = (rng.below(4096), 1 << rng.below(8));
             victim.replace(block, &format!("with byte {at} flipped"), outcomes, |bytes| bytes[at] ^= bit);
         }
-        // The first and the last bytes of what is in use.
         for block in victim.written() {
             victim.replace(block, "with its first byte flipped", outcomes, |bytes| bytes[0] ^= 1);
             victim.replace(block, "with its last byte flipped", outcomes, |bytes| bytes[4095] ^= 0x80);
@@ -213,10 +228,21 @@ fn segments_of_another_disk_with_the_same_key_are_harmless_or_an_error() {
         let mut outcomes = Outcomes::default();
         let mut became_theirs = 0;
         let blocks = ours.medium.image.blocks();
-        for _ in 0..1500 {
+        let (our_blocks, their_blocks) = (ours.written(), theirs.written());
+        for round in 0..1200 {
             let length = *rng.pick(&[1, 2, 16, 64, 256, 1024]);
-            let from = rng.next_u64() % (blocks - length);
-            let to = if rng.below(2) == 0 { from } else { rng.next_u64() % (blocks - length) };
+            let near = |used: &[u64], rng: &mut Rng| {
+                rng.pick(used).saturating_sub(rng.next_u64() % length).min(blocks - length)
+            };
+            let (from, to, length) = match round % 4 {
+                // Everything before the segments, or the beginning of that.
+                0 => (0, 0, 1 + rng.next_u64() % 1200),
+                1 => (near(&their_blocks, rng), near(&our_blocks, rng), length),
+                _ => {
+                    let place = near(&their_blocks, rng);
+                    (place, place, length)
+                }
+            };
             let mut medium = ours.medium.clone();
             for at in 0..length {
                 medium.image.set(to + at, theirs.medium.image.get(from + at).cloned());
@@ -225,16 +251,20 @@ fn segments_of_another_disk_with_the_same_key_are_harmless_or_an_error() {
                 outcomes.refused += 1;
                 continue;
             };
-            if ours.model.judge(&opened.disk, &ours.truth, Damage::Named).is_ok() {
-                outcomes.unharmed += 1;
+            let where_to = format!("{length} blocks from {from} to {to}");
+            // With its superblocks it is the other disk, as far as it got; an anchor sees that.
+            let their_last = [theirs.model.step()];
+            let verdict = theirs.model.judge(&opened.disk, &their_last, Damage::Named);
+            if verdict.is_ok_and(|verdict| verdict.damaged.len() < theirs.model.touched().len()) {
+                assert!(!anchored, "{where_to}: it is the other disk");
+                became_theirs += 1;
                 continue;
             }
-            // With its superblocks it is the other disk, as far as it got; an anchor sees that.
-            assert!(!anchored, "{length} blocks from {from} to {to}");
-            let verdict = theirs.model.judge(&opened.disk, &theirs.truth, Damage::Named);
-            verdict.unwrap_or_else(|wrong| panic!("{length} blocks from {from} to {to}: {wrong}"));
-            became_theirs += 1;
+            let verdict = ours.model.judge(&opened.disk, &ours.truth, Damage::Named);
+            let verdict = verdict.unwrap_or_else(|wrong| panic!("{where_to}: {wrong}"));
+            outcomes.count(&verdict, ours.model.step());
         }
+        assert!(anchored || became_theirs > 0);
         println!("splice, anchored {anchored}, closed {closed}: {outcomes:?}, {became_theirs} were the other disk");
     }
 }

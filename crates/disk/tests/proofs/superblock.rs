@@ -1,7 +1,11 @@
 //! A disk that cannot be opened is never answered by a new one.
 
-use nacre_disk::DiskError;
-use nacre_testkit::{Rng, sim::SimStore};
+use nacre_core::BlockStore as _;
+use nacre_disk::{DiskError, rotate};
+use nacre_testkit::{
+    Rng,
+    sim::{Event, Fate, Model, SimStore},
+};
 
 use crate::rig::{Medium, Rig, Setup};
 
@@ -51,6 +55,39 @@ fn one_copy_of_the_superblock_is_enough_and_none_is_an_error() {
             setup.open(&half).unwrap();
         }
     }
+}
+
+/// A crash leaves one copy newer than the other. The next change of the superblock, torn, does not fall back behind it; and an open
+/// mends what is behind.
+#[test]
+fn a_copy_that_a_crash_left_behind_is_never_the_last_one() {
+    let (setup, medium) = medium();
+    let after = |medium: &Medium, writes: usize, torn: Fate| {
+        let store = SimStore::of(medium.image.clone());
+        rotate(&*store, &setup.key()).unwrap();
+        let recording = store.recording();
+        let writes_at = |(point, event): (usize, &Event)| matches!(event, Event::Write { .. }).then_some(point + 1);
+        let point = recording.events().iter().enumerate().filter_map(writes_at).nth(writes).unwrap();
+        Medium { image: recording.crash(point, &vec![(0, torn)]), anchor: None }
+    };
+    // One copy is newer, and something was written with its keys.
+    let ahead = after(&medium, 0, Fate::Kept);
+    let mut rig = Rig::on(&setup, &ahead, Model::new(setup.blocks()));
+    rig.write(70, 9);
+    let (worked, past) = rig.close();
+    assert!(setup.check(&worked).unwrap().is_clean(), "the copy that was behind was mended");
+    // Torn at the first copy, whichever that is, from either state.
+    for medium in [&ahead, &worked] {
+        for writes in [0, 1] {
+            let torn = after(medium, writes, Fate::Torn(0b0110_0110));
+            setup.open(&torn).unwrap();
+        }
+    }
+    let torn = after(&worked, 0, Fate::Torn(0b1111));
+    let opened = setup.open(&torn).unwrap();
+    let mut block = vec![0; 4096];
+    opened.disk.read_at(78 * 4096, &mut block).unwrap();
+    past.model.compare(78, &block).unwrap();
 }
 
 #[test]

@@ -26,4 +26,4 @@ pub use model::{Damage, Model, Verdict, content};
 pub use recording::{Event, Fate, Plan, Recording, Unit};
 pub use snapshot::{Block, Snapshot};
 pub use store::{Fault, FaultKind, SimStore, Target};
-pub use workload::{Op, Profile, Workload, seed, seeds};
+pub use workload::{Op, Profile, Workload, long, seed, seeds};

@@ -172,6 +172,11 @@ pub fn seed(default: u64) -> u64 {
     env::var("NACRE_SEED").map_or(default, |text| text.parse().unwrap())
 }
 
+/// Whether tests are to be thorough rather than fast: `NACRE_LONG=1`.
+pub fn long() -> bool {
+    env::var_os("NACRE_LONG").is_some_and(|value| value != "0")
+}
+
 /// Runs a test with one seed after the other for some time, which `NACRE_LONG=1` makes sixty times as long, and at least once.
 /// `NACRE_SEED` runs that seed only. A failure prints its seed.
 pub fn seeds(first: u64, time: Duration, mut test: impl FnMut(u64)) -> u64 {
@@ -181,8 +186,7 @@ pub fn seeds(first: u64, time: Duration, mut test: impl FnMut(u64)) -> u64 {
         test(seed);
         return 1;
     }
-    let long = env::var_os("NACRE_LONG").is_some_and(|value| value != "0");
-    let time = if long { time * 60 } else { time };
+    let time = if long() { time * 60 } else { time };
     let start = Instant::now();
     let mut count = 0;
     while count == 0 || start.elapsed() < time {
