@@ -25,6 +25,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("getfacl", "acl"),
     ("unshare", "util-linux"),
     ("setcap", "libcap2-bin"),
+    ("nbdinfo", "libnbd-bin"),
+    ("qemu-img", "qemu-utils"),
+    ("fio", "fio"),
 ];
 
 /// Installs the packages whose programs are missing, as root on Debian; elsewhere says which they are, and the tests that need

@@ -12,6 +12,7 @@ mod encryption;
 mod images;
 mod layers;
 mod names;
+mod nbd;
 mod registries;
 mod signatures;
 pub mod smoke;
@@ -54,6 +55,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "decompress", run: layers::decompress, seeds: layers::compressed },
     Target { name: "services", run: layers::services, seeds: layers::requests },
     Target { name: "token", run: attestation::token, seeds: attestation::tokens },
+    Target { name: "nbd_option", run: nbd::options, seeds: nbd::handshakes },
+    Target { name: "nbd_request", run: nbd::requests, seeds: nbd::request_seeds },
 ];
 
 /// The target of that name.

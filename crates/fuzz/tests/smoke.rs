@@ -37,6 +37,8 @@ smoke!(
     apply,
     decompress,
     services,
+    nbd_option,
+    nbd_request,
 );
 
 #[test]
