@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use nacre_export::nbd::{
     Channel,
     handshake::{Offer, negotiate},
-    wire::{InfoRequest, OPTION_MAGIC, OptionHeader, REQUEST_MAGIC, Request, Terms, encode_error_chunk, option},
+    wire::{InfoRequest, OPTION_MAGIC, REQUEST_MAGIC, Request, Terms, encode_error_chunk, option},
 };
 
 /// A client that has said everything already. Under TLS, it goes on with what is left.
