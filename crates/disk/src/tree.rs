@@ -144,12 +144,29 @@ impl Shared {
         self.pool.give(pages);
     }
 
+    /// What the tree says of one key.
+    fn look_up_one(&self, tree: Tree, root: &Root, key: u64) -> Result<Entry, BlockError> {
+        let mut entry = root.entry;
+        for level in (0..root.height).rev() {
+            if entry.is_hole() {
+                break;
+            }
+            let shift = FANOUT_BITS * u32::from(level);
+            let position = Position { tree, level, number: key >> shift >> FANOUT_BITS };
+            entry = self.load(&entry, position)?.entry((key >> shift) & 127);
+        }
+        Ok(entry)
+    }
+
     /// What the tree says of some keys, in ascending order for speed. Nodes that are not in memory are read level by level, all of a
     /// level at once.
     pub(crate) fn look_up(&self, tree: Tree, root: &Root, keys: &[u64]) -> Vec<Result<Entry, BlockError>> {
         // A disk that grew has keys that the tree is not high enough for: holes.
         let beyond = |key: &u64| root.height < 9 && key >> (FANOUT_BITS * u32::from(root.height)) > 0;
         let start = |key: &u64| if beyond(key) { Entry::HOLE } else { root.entry };
+        if let [key] = keys {
+            return vec![if beyond(key) { Ok(Entry::HOLE) } else { self.look_up_one(tree, root, *key) }];
+        }
         let mut found: Vec<Result<Entry, BlockError>> = keys.iter().map(|key| Ok(start(key))).collect();
         for level in (0..root.height).rev() {
             let shift = FANOUT_BITS * u32::from(level);
