@@ -40,6 +40,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("xz", "xz-utils"),
+    ("nbdinfo", "libnbd-bin"),
+    ("qemu-img", "qemu-utils"),
+    ("fio", "fio"),
 ];
 
 /// An S3 that is not ours, from PyPI: Debian has none. Flask is what its server runs on; its own extra for that wants far more.

@@ -50,18 +50,18 @@ impl FileAnchor {
     /// # Errors
     /// [`AnchorError::Failed`]: the path does not name a file, or its name is not UTF-8.
     pub fn new(path: &Path) -> Result<Self, AnchorError> {
-        let name = path.file_name().and_then(|name| name.to_str()).filter(|_| !path.ends_with("."));
-        let Some(name) = name else {
-            return Err(AnchorError::Failed {
-                anchor: format!("anchor {}", path.display()),
-                what: "it cannot be the name of a file".into(),
-                source: Arc::new(io::Error::from(io::ErrorKind::InvalidInput)),
-            });
+        let failed = |what: &str, source: io::Error| AnchorError::Failed {
+            anchor: format!("anchor {}", path.display()),
+            what: what.into(),
+            source: Arc::new(source),
         };
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
+        // Absolute, since a daemon changes its working directory.
+        let absolute = std::path::absolute(path).map_err(|error| failed("it has no absolute name", error))?;
+        let name = absolute.file_name().and_then(|name| name.to_str()).filter(|_| !path.ends_with("."));
+        let (Some(name), Some(directory)) = (name, absolute.parent()) else {
+            return Err(failed("it cannot be the name of a file", io::ErrorKind::InvalidInput.into()));
         };
+        let directory = directory.to_owned();
         Ok(Self { directory, name: name.to_owned() })
     }
 
@@ -243,6 +243,7 @@ mod tests {
         for path in ["", "/", "a/..", ".."] {
             assert!(FileAnchor::new(Path::new(path)).is_err(), "{path:?}");
         }
-        assert_eq!(FileAnchor::new(Path::new("a")).unwrap().describe(), "anchor file ./a");
+        let here = std::env::current_dir().unwrap().join("a");
+        assert_eq!(FileAnchor::new(Path::new("a")).unwrap().describe(), format!("anchor file {}", here.display()));
     }
 }

@@ -87,7 +87,12 @@ impl AnchorSpec {
                 secret
             }
         };
-        Ok(TpmAnchor::new(address.clone(), index, key, owner))
+        let address = match address {
+            // Absolute, since a daemon changes its working directory.
+            TpmAddress::Path(path) => TpmAddress::Path(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+            address => address.clone(),
+        };
+        Ok(TpmAnchor::new(address, index, key, owner))
     }
 }
 

@@ -1,5 +1,7 @@
 //! The command line: noun, then verb. This module only says what there is; `commands` does it.
 
+pub(crate) mod disk;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -52,6 +54,9 @@ pub(crate) enum Command {
     /// The key broker
     #[command(subcommand)]
     Broker(Box<BrokerCommand>),
+    /// Secure disks: make, open, serve, show, check, grow, rekey
+    #[command(subcommand)]
+    Disk(Box<disk::DiskCommand>),
     /// Attestation of this machine
     #[command(subcommand)]
     Attest(Box<AttestCommand>),

@@ -1,8 +1,14 @@
 //! Exit codes: from the error that happened to the number that scripts act on.
 
+use nacre_anchor::SpecError;
 use nacre_attest::client::ClientError;
 use nacre_broker::BrokerError;
-use nacre_core::{KeySourceError, UriError};
+use nacre_core::{AnchorError, BlockError, KeySourceError, UriError};
+use nacre_disk::DiskError;
+use nacre_export::{
+    kernel::{NoDevice, StartError},
+    nbd::NbdError,
+};
 use nacre_guest::{
     bundle::ComposeError, config::ConfigError, images::PullError, service::ServiceError, services::CallError,
     store::StoreError,
@@ -17,7 +23,10 @@ use nacre_oci::{
     trust::TrustError,
 };
 
-use crate::output::Exit;
+use crate::{
+    commands::disk::{self, Refused},
+    output::Exit,
+};
 
 /// The exit code of an error: that of the most telling of its causes.
 pub(crate) fn of(error: &anyhow::Error) -> Exit {
@@ -98,10 +107,43 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = error.downcast_ref::<ConfigError>() {
         return Some(if matches!(error, ConfigError::Read { .. }) { Exit::Io } else { Exit::Usage });
     }
+    if let Some(error) = error.downcast_ref::<DiskError>() {
+        return secure_disk(error);
+    }
+    if let Some(error) = error.downcast_ref::<BlockError>() {
+        return block(error);
+    }
+    if let Some(error) = error.downcast_ref::<AnchorError>() {
+        return Some(anchor(error));
+    }
+    if let Some(error) = error.downcast_ref::<nacre_sys::block::StoreError>() {
+        return block_store(error);
+    }
+    if let Some(error) = error.downcast_ref::<NbdError>() {
+        return Some(match error {
+            NbdError::Listen { .. } | NbdError::Start(_) => Exit::Io,
+            NbdError::NoAddress | NbdError::Name(_) | NbdError::Tls(_) => Exit::Usage,
+        });
+    }
+    if let Some(error) = error.downcast_ref::<StartError>() {
+        return Some(if disk::is_usage(error) { Exit::Usage } else { Exit::Io });
+    }
+    if error.is::<NoDevice>() {
+        return Some(Exit::Io);
+    }
+    if let Some(error) = error.downcast_ref::<Refused>() {
+        return Some(error.exit());
+    }
+    if error.is::<Damaged>() {
+        return Some(Exit::NotTrusted);
+    }
+    if error.is::<InUse>() {
+        return Some(Exit::Conflict);
+    }
     if error.is::<Missing>() {
         return Some(Exit::NotFound);
     }
-    if error.is::<Usage>() || error.is::<ReferenceError>() || error.is::<UriError>() {
+    if error.is::<Usage>() || error.is::<ReferenceError>() || error.is::<UriError>() || error.is::<SpecError>() {
         return Some(Exit::Usage);
     }
     if let Some(error) = error.downcast_ref::<TrustError>() {
@@ -132,6 +174,57 @@ pub(crate) struct Missing(pub(crate) String);
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
+
+/// Somebody else has it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct InUse(pub(crate) String);
+
+/// A check found that something is not what was written.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Damaged(pub(crate) String);
+
+fn secure_disk(error: &DiskError) -> Option<Exit> {
+    if error.is_integrity() {
+        return Some(Exit::NotTrusted);
+    }
+    match error {
+        DiskError::NoDisk { .. } => Some(Exit::NotFound),
+        DiskError::NotEmpty { .. } => Some(Exit::Conflict),
+        DiskError::BadKey { .. } | DiskError::Setting(_) => Some(Exit::Usage),
+        DiskError::Anchor(error) => Some(anchor(error)),
+        DiskError::Block(error) => block(error),
+        _ => None,
+    }
+}
+
+fn block(error: &BlockError) -> Option<Exit> {
+    match error {
+        BlockError::Integrity { .. } => Some(Exit::NotTrusted),
+        BlockError::Fenced(_) => Some(Exit::Conflict),
+        BlockError::Io { .. } | BlockError::NoSpace(_) | BlockError::ReadOnly(_) => Some(Exit::Io),
+        BlockError::OutOfRange { .. } | BlockError::Unsupported(_) => None,
+    }
+}
+
+fn anchor(error: &AnchorError) -> Exit {
+    match error {
+        AnchorError::Fenced { .. } => Exit::Conflict,
+        AnchorError::Untrusted { .. } => Exit::NotTrusted,
+        AnchorError::Failed { .. } => Exit::Io,
+    }
+}
+
+fn block_store(error: &nacre_sys::block::StoreError) -> Option<Exit> {
+    use nacre_sys::block::StoreError;
+    match error {
+        StoreError::InUse(_) | StoreError::Exists(_) => Some(Exit::Conflict),
+        StoreError::NotAStore { .. } | StoreError::Size { .. } => Some(Exit::Usage),
+        StoreError::Io { .. } => Some(Exit::Io),
+        StoreError::Fill { source, .. } => block(source),
+    }
+}
 
 fn key_source(error: &KeySourceError) -> Exit {
     match error {

@@ -7,6 +7,7 @@ mod exit;
 mod output;
 mod progress;
 mod setup;
+mod size;
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
@@ -43,6 +44,7 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
         Command::Run(args) => return commands::run::run(global, args),
         Command::Image(command) => commands::image::image(global, command)?,
         Command::Broker(command) => commands::broker::broker(command)?,
+        Command::Disk(command) => return commands::disk::disk(global, command),
         Command::Attest(command) => commands::attest::attest(global, command)?,
         Command::Guest(command) => commands::guest::guest(command)?,
         Command::Completions { shell } => {

@@ -14,6 +14,7 @@ mod encryption;
 mod images;
 mod layers;
 mod names;
+mod nbd;
 mod registries;
 mod signatures;
 pub mod smoke;
@@ -63,6 +64,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "journal", run: disks::journal, seeds: disks::numbers },
     Target { name: "index_node", run: disks::index_node, seeds: disks::numbers },
     Target { name: "disk_image", run: disks::image, seeds: disks::images },
+    Target { name: "nbd_option", run: nbd::options, seeds: nbd::handshakes },
+    Target { name: "nbd_request", run: nbd::requests, seeds: nbd::request_seeds },
 ];
 
 /// The target of that name.

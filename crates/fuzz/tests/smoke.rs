@@ -44,6 +44,8 @@ smoke!(
     journal,
     index_node,
     disk_image,
+    nbd_option,
+    nbd_request,
 );
 
 #[test]

@@ -3,6 +3,7 @@
 pub(crate) mod attest;
 pub(crate) mod broker;
 pub(crate) mod copy;
+pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod image;
 pub(crate) mod run;

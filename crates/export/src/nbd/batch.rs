@@ -26,7 +26,7 @@ const EXPECTING: usize = 512;
 const MAX_REQUESTS: usize = 256;
 /// The most bytes that the reads of a batch ask for, but for a single one.
 const MAX_READ: usize = 2 << 20;
-/// Pages that are kept from batch to batch.
+/// Bytes of pages that a thread keeps from batch to batch.
 pub(super) const KEPT: usize = 4 << 20;
 
 /// Why no more requests are read from a connection.
@@ -95,7 +95,6 @@ impl Batch {
     /// Fills the batch, waiting for the first request only. Where nothing comes after it, that is `Some`.
     pub(super) fn receive(&mut self, inbox: &mut Inbox, transport: &Transport) -> Option<End> {
         self.items.clear();
-        self.large.shrink(KEPT);
         if self.input.is_empty() {
             self.input = vec![0; INPUT];
         }
@@ -203,11 +202,20 @@ impl Batch {
         }
     }
 
-    /// Whether it is nothing but small writes, which a store takes without waiting for its medium, as far as it can.
-    pub(super) fn is_quick(&self) -> bool {
+    /// Whether the socket stays with the thread that carries this out: nothing but small writes, which a store takes without waiting
+    /// for its medium, as far as it can; or so much data that there are to be no more in memory.
+    pub(super) fn keeps_socket(&self) -> bool {
         let quick = |item: &Item| {
             item.request.command == Command::Write && !item.request.is_fua() && item.request.payload() <= SMALL
         };
-        self.items.iter().all(quick)
+        let moves = |item: &Item| matches!(item.request.command, Command::Read | Command::Write);
+        let bytes =
+            self.items.iter().filter(|item| moves(item)).map(|item| item.request.length as usize).sum::<usize>();
+        bytes > KEPT || self.items.iter().all(quick)
+    }
+
+    /// Gives back what the next batch should not find in memory.
+    pub(super) fn shrink(&mut self) {
+        self.large.shrink(KEPT);
     }
 }

@@ -27,7 +27,8 @@ use crate::{
     sectors::{Sectors, is_whole},
 };
 
-/// Threads of a connection to a store that is slow.
+/// Threads of a connection to a store that is slow. With what each of them keeps and one request of 32 MiB, a connection takes at most
+/// 66 MiB.
 const SLOW_THREADS: usize = 4;
 /// Bytes of zeroes that are written before it is looked whether the server is to end.
 const ZEROES: u64 = 64 << 20;
@@ -55,9 +56,8 @@ impl Session {
         let store = self.shared.sectors.store();
         let threads = if store.is_slow() { SLOW_THREADS } else { 1 };
         let end = thread::scope(|scope| {
-            let others: Vec<_> = (1..threads)
-                .map_while(|_| thread::Builder::new().name("nbd".into()).spawn_scoped(scope, || self.work()).ok())
-                .collect();
+            let thread = || thread::Builder::new().name("nbd".into()).spawn_scoped(scope, || self.work());
+            let others: Vec<_> = (1..threads).map_while(|_| thread().ok()).collect();
             let mut end = self.work();
             for other in others {
                 end = end.and(other.join().unwrap_or(Ok(())));
@@ -72,6 +72,7 @@ impl Session {
     fn work(&self) -> Result<(), End> {
         let mut worker = Worker { session: self, replies: Replies::default(), pages: PageBuffer::default() };
         let mut batch = Batch::default();
+        let _closing = CloseOnPanic(self);
         loop {
             let mut inbox = lock(&self.inbox);
             if inbox.ended || self.shared.stopping.load(Ordering::Acquire) {
@@ -79,11 +80,14 @@ impl Session {
             }
             let end = batch.receive(&mut inbox, &self.transport);
             // Handing the socket over wakes a thread, which is more work than quick writes are.
-            let inbox = batch.is_quick().then_some(inbox);
+            let inbox = batch.keeps_socket().then_some(inbox);
             let sent = worker.carry_out(&batch);
+            batch.shrink();
+            worker.pages.shrink(KEPT);
             drop(inbox);
             if let Err(error) = sent {
-                lock_end(self);
+                // The thread that waits for requests is to end too.
+                self.transport.close();
                 return Err(error.into());
             }
             match end {
@@ -95,9 +99,15 @@ impl Session {
     }
 }
 
-/// Ends reading at once, also for the thread that is at it.
-fn lock_end(session: &Session) {
-    session.transport.close();
+/// Closes the connection of a thread that panics, whose requests nobody will answer.
+struct CloseOnPanic<'a>(&'a Session);
+
+impl Drop for CloseOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.transport.close();
+        }
+    }
 }
 
 /// Carries batches out.
@@ -111,7 +121,6 @@ struct Worker<'a> {
 impl Worker<'_> {
     /// All of a batch, whose reads and writes are taken together between other requests.
     fn carry_out(&mut self, batch: &Batch) -> io::Result<()> {
-        self.pages.shrink(KEPT);
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         let stopping = self.session.shared.stopping.load(Ordering::Acquire);
         for item in &batch.items {

@@ -134,8 +134,8 @@ mod tests {
         let second = locks.shared([Blocks::of(0, 8192)]);
         let (send, receive) = mpsc::channel();
         thread::scope(|scope| {
-            let exclusive = send.clone();
-            scope.spawn(|| {
+            let (exclusive, locks) = (send.clone(), &locks);
+            scope.spawn(move || {
                 let _lock = locks.exclusive(Blocks::of(100, 100));
                 exclusive.send("exclusive").unwrap();
                 thread::sleep(Duration::from_millis(20));
@@ -145,7 +145,7 @@ mod tests {
                 thread::yield_now();
             }
             let shared = send.clone();
-            scope.spawn(|| {
+            scope.spawn(move || {
                 let _lock = locks.shared([Blocks::of(0, 4096)]);
                 shared.send("shared").unwrap();
             });

@@ -1,5 +1,7 @@
 //! The NBD server, as clients of others and hostile ones see it, and the adapter for requests of any bytes.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
 mod client;
 mod memory;
 mod programs;

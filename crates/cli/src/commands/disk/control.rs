@@ -1,0 +1,198 @@
+//! How commands talk to a running disk: a socket file in the run directory, for its owner only.
+//!
+//! One request a connection: a line of JSON, answered by a line of JSON.
+//!
+//! ```text
+//! {"op":"info"}                   {"ok":{…}}
+//! {"op":"grow","size":1073741824} {"ok":{…}}
+//! {"op":"close"}                  {"ok":null} once all is on the store
+//!                                 {"error":"…","exit":6}
+//! ```
+
+use std::{
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{exit, output::Exit};
+
+/// The most bytes of a request.
+const REQUEST_LIMIT: u64 = 4096;
+/// The most bytes of an answer.
+const ANSWER_LIMIT: u64 = 4 << 20;
+/// How long a peer may take to say or to hear something.
+const PEER_TIME: Duration = Duration::from_secs(5);
+/// How long a disk may take to carry out a request: closing writes out everything.
+const WORK_TIME: Duration = Duration::from_secs(600);
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) enum Request {
+    /// Show yourself.
+    Info,
+    /// Become larger.
+    Grow {
+        /// The new size in bytes.
+        size: u64,
+    },
+    /// End.
+    Close,
+}
+
+/// What comes of it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    Ok(Value),
+    #[serde(untagged)]
+    Failed {
+        error: String,
+        exit: u8,
+    },
+}
+
+/// A running disk could not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Refused {
+    message: String,
+    exit: u8,
+}
+
+impl Refused {
+    /// As the error that it stands for.
+    pub(super) fn of(error: &anyhow::Error) -> Self {
+        Self { message: format!("{error:#}"), exit: exit::of(error) as u8 }
+    }
+
+    /// The code that it would have ended with.
+    pub(crate) fn exit(&self) -> Exit {
+        let all = [Exit::Usage, Exit::NotTrusted, Exit::NotFound, Exit::Io, Exit::Conflict];
+        all.into_iter().find(|exit| *exit as u8 == self.exit).unwrap_or(Exit::Other)
+    }
+}
+
+/// Answers requests at `socket` until one of them was to close.
+pub(super) fn serve(
+    socket: &Path,
+    answer: impl Fn(Request) -> anyhow::Result<Value> + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let listener = UnixListener::bind(socket)?;
+    thread::Builder::new().name("control".into()).spawn(move || {
+        for client in listener.incoming() {
+            match client.and_then(|client| serve_one(client, &answer)) {
+                Ok(Some(Request::Close)) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "a request to a running disk was not answered");
+                    // Where there are no descriptors, trying again at once would only burn time.
+                    thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    })
+}
+
+/// Answers one client. `Close` ends the service only where it was carried out.
+fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> anyhow::Result<Value>) -> io::Result<Option<Request>> {
+    client.set_read_timeout(Some(PEER_TIME))?;
+    client.set_write_timeout(Some(PEER_TIME))?;
+    let mut line = String::new();
+    BufReader::new(&client).take(REQUEST_LIMIT).read_line(&mut line)?;
+    let request = serde_json::from_str::<Request>(&line);
+    let result = match &request {
+        Ok(request) => answer(*request),
+        Err(error) => Err(anyhow::anyhow!("this is no request: {error}")),
+    };
+    let done = request.ok().filter(|_| result.is_ok());
+    let mut text = serde_json::to_vec(&match result {
+        Ok(value) => Answer::Ok(value),
+        Err(error) => {
+            let Refused { message, exit } = Refused::of(&error);
+            Answer::Failed { error: message, exit }
+        }
+    })?;
+    text.push(b'\n');
+    // The disk is closed all the same where nobody waits for the answer.
+    let written = (&client).write_all(&text);
+    if done == Some(Request::Close) { Ok(done) } else { written.map(|()| done) }
+}
+
+/// Asks a running disk.
+pub(super) fn ask(socket: &Path, request: Request) -> anyhow::Result<Value> {
+    let mut line = String::new();
+    let mut talk = || -> io::Result<()> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_write_timeout(Some(PEER_TIME))?;
+        stream.set_read_timeout(Some(WORK_TIME))?;
+        (&stream).write_all(format!("{}\n", serde_json::to_string(&request)?).as_bytes())?;
+        BufReader::new(&stream).take(ANSWER_LIMIT).read_line(&mut line)?;
+        Ok(())
+    };
+    talk().with_context(|| format!("{}: the running disk does not answer", socket.display()))?;
+    match serde_json::from_str(&line).context("the running disk ended without an answer")? {
+        Answer::Ok(value) => Ok(value),
+        Answer::Failed { error, exit } => Err(Refused { message: error, exit }.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::exit::Usage;
+
+    #[test]
+    fn requests_are_answered_and_errors_keep_their_codes() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control");
+        let served = serve(&socket, |request| match request {
+            Request::Info => Ok(json!({ "size": 5 })),
+            Request::Grow { size } => Err(Usage(format!("{size} is too much")).into()),
+            Request::Close => Ok(Value::Null),
+        })
+        .unwrap();
+        assert_eq!(ask(&socket, Request::Info).unwrap(), json!({ "size": 5 }));
+        let error = ask(&socket, Request::Grow { size: 7 }).unwrap_err();
+        assert_eq!(error.to_string(), "7 is too much");
+        assert_eq!(exit::of(&error), Exit::Usage);
+        assert_eq!(ask(&socket, Request::Close).unwrap(), Value::Null);
+        served.join().unwrap();
+        assert!(ask(&socket, Request::Info).is_err());
+    }
+
+    #[test]
+    fn senseless_requests_are_errors_and_disturb_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control");
+        let served = serve(&socket, |_| Ok(Value::Null)).unwrap();
+        for bytes in [
+            &b""[..],
+            b"\n",
+            b"{}\n",
+            b"{\"op\":\"format\"}\n",
+            b"{\"op\":\"info\",\"x\":1}\n",
+            b"\xff\n",
+            &[b'x'; 5000],
+        ] {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            // What is too long may be refused before all of it was taken.
+            let _ = stream.write_all(bytes);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer);
+            assert!(!answer.contains("\"ok\""), "{answer}");
+        }
+        ask(&socket, Request::Close).unwrap();
+        served.join().unwrap();
+    }
+}

@@ -1,0 +1,154 @@
+//! A disk that this process runs, until it is told to end: by a signal, or by `close`.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+    mpsc,
+};
+
+use anyhow::Context as _;
+use nacre_core::BlockStore as _;
+use nacre_disk::{AnchorWindow, Disk, OpenOptions};
+use nacre_export::{FrontEnd, Served};
+use nacre_sys::end::EndSignals;
+use rustix::process::{Signal, getpid, kill_process};
+use serde_json::Value;
+
+use super::{
+    control::{self, Refused, Request},
+    info,
+    key::{self, Source},
+    metrics,
+    rundir::{Record, RunDir, Slot},
+    store::StoreName,
+};
+use crate::{
+    args::{
+        Global,
+        disk::{RunDiskArgs, Window},
+    },
+    exit::InUse,
+};
+
+/// A front end that was started.
+pub(super) struct Started {
+    pub(super) front_end: Box<dyn FrontEnd>,
+    /// What people open.
+    pub(super) devices: Vec<String>,
+    /// Who uses the devices so that they cannot be taken away now.
+    pub(super) users: fn(&[String]) -> Vec<String>,
+}
+
+/// Runs the disk on `store`: opens it, starts a front end, says that it is `ready`, and serves until the end.
+pub(super) fn run(
+    global: &Global,
+    store: &str,
+    args: &RunDiskArgs,
+    start: impl FnOnce(Served, &Slot) -> anyhow::Result<Started>,
+    ready: impl FnOnce(&[String], &Slot) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    // Before there are threads.
+    let end = EndSignals::hold()?;
+    let run = RunDir::of(&args.run)?;
+    let name = StoreName::parse(store)?;
+    let slot = run.take(&name)?;
+    let disk = Arc::new(open(global, &name, args)?);
+    let Started { front_end, devices, users } = start(disk.clone(), &slot)?;
+    let record = Record { store: name.to_string(), devices, pid: std::process::id() };
+    let closing = Arc::new(AtomicBool::new(false));
+    let (ended, outcome) = mpsc::channel();
+    let service = Service { disk: disk.clone(), record: record.clone(), users, closing: closing.clone(), outcome };
+    let service = control::serve(&slot.socket(), move |request| service.answer(request))
+        .with_context(|| format!("{}: the control socket", slot.socket().display()))?;
+    if let Some(address) = args.metrics {
+        let (disk, store) = (disk.clone(), record.store.clone());
+        let address =
+            metrics::serve(address, move || text(&disk, &store)).with_context(|| format!("--metrics {address}"))?;
+        tracing::info!(%address, "metrics");
+    }
+    slot.announce(&record)?;
+    ready(&record.devices, &slot)?;
+    loop {
+        end.wait()?;
+        match users(&record.devices).as_slice() {
+            [] => break,
+            // Whoever has it mounted would lose what is not written yet.
+            busy => tracing::warn!("the device is in use ({}): it stays", busy.join(", ")),
+        }
+        closing.store(false, Ordering::SeqCst);
+    }
+    let result = stop(front_end, &disk, args.read_only);
+    let heard = ended.send(result.as_ref().map(|()| ()).map_err(Refused::of)).is_ok();
+    if heard && closing.load(Ordering::SeqCst) {
+        // Whoever asked hears of it before the process ends.
+        let _ = service.join();
+    }
+    result
+}
+
+fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result<Disk> {
+    // What is not there is said before a key is asked for.
+    let store = name.open(args.read_only)?;
+    let root = Source::from(&args.key).read(global)?;
+    let anchor = key::anchor(&args.anchor.anchor, &root)?;
+    let options = OpenOptions {
+        memory: args.memory.0,
+        read_only: args.read_only,
+        window: match args.anchor_window {
+            Window::EveryFlush => AnchorWindow::EveryFlush,
+            Window::Every(time) => AnchorWindow::Every(time),
+            Window::OnClose => AnchorWindow::OnClose,
+        },
+        discard: args.discard,
+        accept_rollback: args.accept_rollback,
+        ..OpenOptions::default()
+    };
+    Ok(Disk::open(store, &root, anchor, &options)?)
+}
+
+fn stop(front_end: Box<dyn FrontEnd>, disk: &Disk, read_only: bool) -> anyhow::Result<()> {
+    let stopped = front_end.stop().context("the front end did not end well");
+    // Also after that: what was acknowledged is brought into good order.
+    if !read_only {
+        disk.shut()?;
+    }
+    stopped
+}
+
+fn text(disk: &Disk, store: &str) -> String {
+    let statistics = serde_json::to_value(disk.statistics()).unwrap_or_default();
+    metrics::text(store, disk.size(), disk.info().used_blocks * 4096, &statistics)
+}
+
+/// Answers commands.
+struct Service {
+    disk: Arc<Disk>,
+    record: Record,
+    users: fn(&[String]) -> Vec<String>,
+    closing: Arc<AtomicBool>,
+    outcome: mpsc::Receiver<Result<(), Refused>>,
+}
+
+impl Service {
+    fn answer(&self, request: Request) -> anyhow::Result<Value> {
+        match request {
+            Request::Info => info::running(&self.disk, &self.record),
+            Request::Grow { size } => {
+                self.disk.resize(size)?;
+                info::running(&self.disk, &self.record)
+            }
+            Request::Close => {
+                let users = (self.users)(&self.record.devices);
+                if !users.is_empty() {
+                    let what = format!("{} is in use: {}", self.record.devices.join(", "), users.join(", "));
+                    return Err(InUse(what).into());
+                }
+                self.closing.store(true, Ordering::SeqCst);
+                // To the thread that waits for the end, which is the one that ends everything.
+                kill_process(getpid(), Signal::TERM).context("the process cannot be told to end")?;
+                self.outcome.recv().context("the process ends")??;
+                Ok(Value::Null)
+            }
+        }
+    }
+}
