@@ -119,6 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "the numbers are below 200")]
     fn it_is_like_an_array() {
         let mut rng = 7_u64;
         let mut next = |bound: u64| {

@@ -75,7 +75,7 @@ fn the_places_of_writes_do_not_depend_on_their_addresses() {
 /// With checkpoints in between, whose number of index nodes depends on how many regions were touched, the traces are no longer the
 /// same; a test of homogeneity over where on the store was written how often does not tell the patterns apart.
 #[test]
-fn a_statistical_test_does_not_tell_patterns_apart_by_place() {
+fn images_cannot_be_told_apart_by_place() {
     const BINS: u64 = 32;
     let setup = Setup { size: 32 << 20, ..Setup::default() };
     let histogram = |pattern| {
@@ -151,7 +151,7 @@ fn what_is_on_the_medium_looks_like_noise() {
 
 /// A disk of 16 GiB, so that its addresses are numbers that nothing else on the medium has a reason to hold.
 #[test]
-fn no_address_is_on_the_medium_in_the_clear() {
+fn no_plaintext_and_no_lba_is_on_the_store() {
     let setup = Setup { size: 16 << 30, ..Setup::default() };
     let store = SimStore::of(setup.format().image);
     let disk = Disk::open(store.clone(), &setup.key(), None, &setup.open_options()).unwrap();
@@ -170,6 +170,7 @@ fn no_address_is_on_the_medium_in_the_clear() {
     let image = store.image();
     let (mut wide, mut narrow, mut places) = (0u64, 0u64, 0u64);
     for block in bytes(&image) {
+        assert!(!block.windows(8).any(|window| window == [0x77; 8]), "plaintext");
         for window in block.windows(8) {
             let eight: [u8; 8] = window.try_into().unwrap();
             let [a, b, c, d, ..] = eight;

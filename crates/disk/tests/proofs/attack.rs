@@ -118,7 +118,7 @@ fn victims(name: &str, ops: usize, attack: impl Fn(&Victim, &mut Rng, &mut Outco
 }
 
 #[test]
-fn a_flipped_bit_anywhere_is_harmless_or_an_error() {
+fn every_flipped_block_is_right_or_an_error() {
     victims("flip", 60, |victim, rng, outcomes| {
         let step = if long() { 1 } else { 16 };
         let unused = (0..victim.medium.image.blocks()).step_by(step);
@@ -134,7 +134,7 @@ fn a_flipped_bit_anywhere_is_harmless_or_an_error() {
 }
 
 #[test]
-fn a_block_of_zeroes_or_noise_is_harmless_or_an_error() {
+fn a_block_of_zeroes_or_noise_is_right_or_an_error() {
     victims("overwrite", 60, |victim, rng, outcomes| {
         for block in victim.written() {
             victim.replace(block, "zeroed", outcomes, |bytes| bytes.fill(0));
@@ -145,7 +145,7 @@ fn a_block_of_zeroes_or_noise_is_harmless_or_an_error() {
 }
 
 #[test]
-fn swapped_blocks_are_harmless_or_an_error() {
+fn swapped_blocks_are_right_or_an_error() {
     // All pairs of a tiny disk.
     victims("swap", 12, |victim, _, outcomes| {
         let blocks = victim.written();
@@ -162,7 +162,7 @@ fn swapped_blocks_are_harmless_or_an_error() {
 }
 
 #[test]
-fn swapped_and_copied_blocks_of_a_larger_disk_are_harmless_or_an_error() {
+fn swapped_and_copied_blocks_of_a_larger_disk_are_right_or_an_error() {
     victims("sampled swap", 200, |victim, rng, outcomes| {
         let blocks = victim.written();
         for _ in 0..2000 {
@@ -181,7 +181,7 @@ fn swapped_and_copied_blocks_of_a_larger_disk_are_harmless_or_an_error() {
 }
 
 #[test]
-fn older_versions_of_a_block_are_harmless_or_an_error() {
+fn older_versions_of_a_block_are_right_or_an_error() {
     victims("replay", 120, |victim, rng, outcomes| {
         for block in victim.written() {
             let versions = victim.recording.older_versions(block);
@@ -198,7 +198,7 @@ fn older_versions_of_a_block_are_harmless_or_an_error() {
 
 /// Several blocks at once, each of its own moment: what a host would do that has kept a copy of everything.
 #[test]
-fn mixtures_of_old_and_new_blocks_are_harmless_or_an_error() {
+fn mixtures_of_old_and_new_blocks_are_right_or_an_error() {
     victims("mixture", 120, |victim, rng, outcomes| {
         let written = victim.written();
         for _ in 0..1500 {
@@ -219,7 +219,7 @@ fn mixtures_of_old_and_new_blocks_are_harmless_or_an_error() {
 
 /// Runs of blocks of another disk that has the same root key, at their own places and at others.
 #[test]
-fn segments_of_another_disk_with_the_same_key_are_harmless_or_an_error() {
+fn segments_of_another_disk_with_the_same_key_are_right_or_an_error() {
     let seed = seed(12);
     for (anchored, closed) in [(false, true), (false, false), (true, true), (true, false)] {
         let ours = Victim::new(seed, anchored, closed, 150);

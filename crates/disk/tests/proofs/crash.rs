@@ -92,7 +92,7 @@ fn profile(rng: &mut Rng) -> Profile {
 }
 
 #[test]
-fn a_crash_at_any_point_leaves_the_last_flush_or_the_next() {
+fn every_cut_recovers() {
     seeds(5000, TIME, |seed| {
         let rng = &mut Rng::new(seed);
         let setup = Setup { anchored: false, ..Setup::random(rng) };
@@ -119,7 +119,7 @@ fn a_crash_beside_an_anchor_is_no_rollback() {
 }
 
 #[test]
-fn a_crash_during_recovery_is_one_more_crash() {
+fn crashes_during_recovery_recover() {
     seeds(7000, TIME, |seed| {
         let rng = &mut Rng::new(seed);
         let setup = Setup::random(rng);

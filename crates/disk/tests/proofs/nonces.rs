@@ -12,7 +12,7 @@ use crate::rig::{LITTLE_MEMORY, Ledger, Medium, Rig, Setup};
 /// One disk and its whole history: closes, crashes with any part of the window, and the host that goes back to any image that it has
 /// ever seen, also in the middle of an open disk; then the guest works on. Every encryption is in the ledger.
 #[test]
-fn no_nonce_is_used_twice_through_crashes_rollbacks_and_reopenings() {
+fn no_nonce_is_used_twice_over_crashes_and_rollbacks() {
     seeds(51, Duration::from_secs(15), |seed| {
         let rng = &mut Rng::new(seed);
         let ledger = Arc::new(Ledger::default());

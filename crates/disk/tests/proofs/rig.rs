@@ -51,7 +51,7 @@ impl Setup {
             reserve: *rng.pick(&[5, 10, 20]),
             memory: *rng.pick(&[LITTLE_MEMORY, 64 << 20]),
             anchored: rng.below(2) == 0,
-            window: rng.pick(&[AnchorWindow::EveryFlush, AnchorWindow::OnClose]).clone(),
+            window: *rng.pick(&[AnchorWindow::EveryFlush, AnchorWindow::OnClose]),
             ..Self::default()
         }
     }
@@ -80,7 +80,7 @@ impl Setup {
     pub(crate) fn open_options(&self) -> OpenOptions {
         OpenOptions {
             memory: self.memory,
-            window: self.window.clone(),
+            window: self.window,
             background: self.background,
             audit: self.listener(),
             ..OpenOptions::default()

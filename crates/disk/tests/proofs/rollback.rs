@@ -40,7 +40,7 @@ fn without_an_anchor_an_older_image_is_not_seen_and_is_consistent() {
 }
 
 #[test]
-fn with_an_anchor_that_moves_with_each_flush_every_older_image_is_refused() {
+fn a_rolled_back_image_is_an_error_with_an_anchor() {
     let setup = Setup { anchored: true, window: AnchorWindow::EveryFlush, ..Setup::default() };
     let mut rig = Rig::new(&setup);
     let images = history(&mut rig, seed(22));
