@@ -523,6 +523,7 @@ fn share(
         commits: Mutex::default(),
         committed: Condvar::new(),
         writer: RwLock::new(None),
+        first_epoch: OnceLock::new(),
         anchored,
         cache: Cache::new(options.memory / 2),
         pool: Pool::new(1024),

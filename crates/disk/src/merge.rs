@@ -106,6 +106,7 @@ impl Shared {
         next.epochs.push(record.clone());
         self.write_checkpoint(&next)?;
         self.keys.add(record);
+        self.first_epoch.get_or_init(|| id);
         *checkpoint = next;
         let Some(keys) = self.keys.epoch(id) else { unreachable!("the epoch was added above") };
         *poison(self.writer.write()) = Some(Arc::clone(&keys));
@@ -138,9 +139,9 @@ impl Shared {
             let change = merge.epochs.get(&epoch.id).copied().unwrap_or(0);
             epoch.live = epoch.live.saturating_add_signed(change);
         }
-        // Later records of the journal are this epoch's or a later one's.
-        let current = merge.keys.id;
-        let dead = |epoch: &EpochRecord| epoch.live == 0 && epoch.id < current;
+        // What was written since this was frozen is of this open's epochs; so are the journal's records since.
+        let ours = self.first_epoch.get().copied().unwrap_or(0);
+        let dead = |epoch: &EpochRecord| epoch.live == 0 && epoch.id < ours;
         next.epochs.iter().filter(|epoch| dead(epoch)).for_each(|epoch| self.keys.forget(epoch.id));
         next.epochs.retain(|epoch| !dead(epoch));
         let statistics = self.counters.read();

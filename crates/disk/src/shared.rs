@@ -240,6 +240,8 @@ pub(crate) struct Shared {
     pub(crate) checkpoint: Mutex<Checkpoint>,
     /// Who writes now; `None` before the first write.
     pub(crate) writer: RwLock<Option<Arc<EpochKeys>>>,
+    /// The first epoch of this open.
+    pub(crate) first_epoch: OnceLock<u32>,
     pub(crate) anchored: Option<Anchored>,
     pub(crate) cache: Cache,
     pub(crate) pool: Pool,
