@@ -8,6 +8,7 @@
 mod anonymity;
 mod attack;
 mod crash;
+mod epochs;
 mod faults;
 mod full;
 mod keys;
