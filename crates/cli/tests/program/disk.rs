@@ -4,7 +4,6 @@ use std::{
     fs,
     io::{Read as _, Seek as _, SeekFrom, Write as _},
     net::TcpStream,
-    os::fd::AsRawFd as _,
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread,
@@ -133,8 +132,6 @@ fn a_key_may_come_from_a_descriptor_or_standard_input() {
     // A shell passes it on as descriptor 9.
     let script = format!("exec {} --quiet disk info --key-fd 9 store 9< key", env!("CARGO_BIN_EXE_nacre"));
     run(disk.place.program("sh").args(["-c", &script]));
-    key.seek(SeekFrom::Start(0)).unwrap();
-    assert!(key.as_raw_fd() > 2);
 }
 
 #[test]
@@ -224,8 +221,9 @@ fn damage_and_rollback_end_with_code_3_and_are_named() {
     let mut store = fs::OpenOptions::new().read(true).write(true).open(disk.place.at("store")).unwrap();
     let layout = run(disk.keyed("check").args(["--json", "--dump-layout", "--accept-rollback", "store"])).stdout;
     let layout: Value = serde_json::from_slice(&layout).unwrap();
-    let used = |region: &&Value| region["name"].as_str().unwrap().starts_with("segment") && region["used"] != 0;
-    let segment = layout["layout"].as_array().unwrap().iter().find(used).unwrap();
+    let segments = layout["layout"].as_array().unwrap().iter();
+    let segment = segments.max_by_key(|region| region["used"].as_u64()).unwrap();
+    assert!(segment["used"].as_u64().unwrap() > 100, "{segment}");
     for block in 0..segment["blocks"].as_u64().unwrap() {
         let at = (segment["first"].as_u64().unwrap() + block) * 4096;
         let mut byte = [0];
@@ -234,7 +232,11 @@ fn damage_and_rollback_end_with_code_3_and_are_named() {
         store.seek(SeekFrom::Start(at)).unwrap();
         store.write_all(&[byte[0] ^ 1]).unwrap();
     }
-    code(disk.keyed("check").args(["--anchor", "file:anchor", "store"]), 3, &[]);
+    code(
+        disk.keyed("check").args(["--anchor", "file:anchor", "store"]),
+        3,
+        &["damaged: LBA 0 to 255", "cannot be read"],
+    );
 }
 
 #[test]
