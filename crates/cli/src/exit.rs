@@ -13,6 +13,7 @@ use nacre_guest::{
     bundle::ComposeError, config::ConfigError, images::PullError, service::ServiceError, services::CallError,
     store::StoreError,
 };
+use nacre_objectstore::ObjectStoreError;
 use nacre_oci::{
     copy::CopyError,
     crypt::{Attempt, CryptError, SchemeError},
@@ -118,6 +119,14 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = error.downcast_ref::<nacre_sys::block::StoreError>() {
         return block_store(error);
+    }
+    if let Some(error) = error.downcast_ref::<ObjectStoreError>() {
+        return Some(match error {
+            ObjectStoreError::Location { .. } => Exit::Usage,
+            ObjectStoreError::NotAStore { .. } => Exit::NotFound,
+            ObjectStoreError::Exists(_) | ObjectStoreError::InUse(_) => Exit::Conflict,
+            ObjectStoreError::Request { .. } | ObjectStoreError::Threads(_) => Exit::Io,
+        });
     }
     if let Some(error) = error.downcast_ref::<NbdError>() {
         return Some(match error {

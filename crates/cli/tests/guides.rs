@@ -147,6 +147,20 @@ fn broker() {
 }
 
 #[test]
+fn disk() {
+    let Some(scene) = Scene::set() else { return };
+    for program in ["nbdinfo", "nbdcopy"] {
+        if nacre_testkit::require(program).is_none() {
+            return;
+        }
+    }
+    scene.run("docs/guide/disk.md");
+    let info = fs::read_to_string(scene.dir.path().join("info.json")).unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["state"], "running");
+}
+
+#[test]
 fn guest() {
     let Some(scene) = Scene::set() else { return };
     if !nacre_testkit::root() {

@@ -278,3 +278,22 @@ fn a_broker_with_another_certificate_or_token_key_is_not_asked() {
     }
     run(&mut scene.pull());
 }
+
+#[test]
+fn a_disks_key_is_released_to_the_guest_that_is_expected() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    let key = format!("kbs:///{}", Scene::KEY);
+    let format = || scene.guest(&["disk", "format", "--quiet", "--size", "32M", "--key-resource", &key, "disk"]);
+    let refused = format().output().unwrap();
+    assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));
+    assert!(!scene.place.at("disk").exists());
+    let measurement = text(&mut scene.place.nacre("unused", &["attest", "measure", env!("CARGO_BIN_EXE_nacre")]));
+    scene.admin(&["reference", "set", "sim.measurement", measurement.trim()]);
+    run(&mut format());
+    run(&mut scene.guest(&["disk", "info", "--key-resource", &key, "disk"]));
+    // The resource is the key itself.
+    run(&mut scene.place.nacre("unused", &["disk", "info", "--key-file", &scene.place.text("image.key"), "disk"]));
+}

@@ -1,11 +1,12 @@
 //! `nacre` as a person, a script and a machine that fails use it: commands and exit codes; the demo; kills, and two at once; the broker;
-//! memory.
+//! disks; memory.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod broker;
 mod commands;
 mod demo;
+mod disk;
 mod kills;
 mod memory;
 #[path = "../interop/support.rs"]

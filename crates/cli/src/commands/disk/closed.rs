@@ -35,7 +35,7 @@ pub(super) fn format(global: &Global, args: &FormatArgs) -> anyhow::Result<()> {
         force: args.force,
         ..FormatOptions::default()
     };
-    let new = name.is_new();
+    let new = name.is_new()?;
     let store = match new {
         true => {
             if options.size.is_none() {

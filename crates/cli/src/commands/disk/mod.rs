@@ -26,6 +26,7 @@ use crate::{
     },
     exit::Missing,
     output,
+    setup::Setup,
 };
 
 /// The exit code.
@@ -63,7 +64,14 @@ fn show(global: &Global, args: &InfoArgs) -> anyhow::Result<()> {
 fn grow(global: &Global, args: &GrowArgs) -> anyhow::Result<()> {
     let running = RunDir::of(&args.run).and_then(|run| run.find(&args.what)).ok().flatten();
     match running {
-        Some((_, socket)) => control::ask(&socket, Request::Grow { size: args.size.0 }).map(|_| ()),
+        Some((record, socket)) => {
+            control::ask(&socket, Request::Grow { size: args.size.0 })?;
+            if record.devices.iter().any(|device| device.starts_with("/dev/")) {
+                let note = "the disk has grown; its device keeps its size until the disk is opened again";
+                Setup::new(global, false)?.progress.note(note);
+            }
+            Ok(())
+        }
         None => closed::grow(global, args),
     }
 }

@@ -57,7 +57,7 @@ pub(super) fn open(global: &Global, args: &OpenArgs) -> anyhow::Result<i32> {
 fn detach() -> anyhow::Result<i32> {
     let mut child = Command::new("/proc/self/exe")
         .args(env::args_os().skip(1))
-        .env(DETACHED, "1")
+        .env(DETACHED, "true")
         .stdout(Stdio::piped())
         .spawn()
         .context("the process that serves the disk cannot be started")?;

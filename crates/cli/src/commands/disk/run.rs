@@ -73,12 +73,18 @@ pub(super) fn run(
         match users(&record.devices).as_slice() {
             [] => break,
             // Whoever has it mounted would lose what is not written yet.
-            busy => tracing::warn!("the device is in use ({}): it stays", busy.join(", ")),
+            busy => {
+                let what = format!("{} is in use: {}; it stays", record.devices.join(", "), busy.join(", "));
+                tracing::warn!("{what}");
+                // Somebody mounted it after `close` had looked.
+                if closing.swap(false, Ordering::SeqCst) {
+                    let _ = ended.send(Err(Refused::of(&InUse(what).into())));
+                }
+            }
         }
-        closing.store(false, Ordering::SeqCst);
     }
     let result = stop(front_end, &disk, args.read_only);
-    let heard = ended.send(result.as_ref().map(|()| ()).map_err(Refused::of)).is_ok();
+    let heard = ended.send(result.as_ref().map_or_else(|error| Err(Refused::of(error)), |()| Ok(()))).is_ok();
     if heard && closing.load(Ordering::SeqCst) {
         // Whoever asked hears of it before the process ends.
         let _ = service.join();

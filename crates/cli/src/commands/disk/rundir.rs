@@ -184,6 +184,10 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.clear();
+        let device = self.device();
+        let _ = fs::remove_file(device.join("lock"));
+        // Never what is in it: a device that stayed is still served from there.
+        let _ = fs::remove_dir(device);
         // The lock is held until the end: who opens it now finds that it is no longer at its place.
         let _ = fs::remove_file(self.dir.join("lock"));
         let _ = fs::remove_dir(&self.dir);

@@ -3,6 +3,7 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use nacre_core::{BlockStore, Progress};
+use nacre_objectstore::{Location, ObjectBlockStore, ObjectOptions, ObjectStoreError};
 use nacre_sys::block::{DirectoryOptions, DirectoryStore, FileOptions, FileStore};
 
 use crate::exit::{Missing, Usage};
@@ -14,6 +15,8 @@ pub(super) enum StoreName {
     File(PathBuf),
     /// A directory of segment files.
     Directory(PathBuf),
+    /// An object store, `s3://…`; the usual variables say where it is and who we are.
+    Objects(String),
 }
 
 impl StoreName {
@@ -22,8 +25,13 @@ impl StoreName {
         if text.is_empty() {
             return Err(Usage("the store's name is empty".into()).into());
         }
-        if let Some((scheme, _)) = text.split_once("://") {
-            return Err(Usage(format!("{text}: stores of the kind {scheme}:// are not known")).into());
+        match text.split_once("://") {
+            Some(("s3", _)) => return Ok(Self::Objects(text.trim_end_matches('/').to_owned())),
+            // A path may have anything in it, but hardly this at its beginning.
+            Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
+                return Err(Usage(format!("{text}: stores of the kind {scheme}:// are not known")).into());
+            }
+            _ => {}
         }
         // Absolute, since a disk in the background has another working directory.
         let path = fs::canonicalize(text).or_else(|_| std::path::absolute(text))?;
@@ -39,11 +47,15 @@ impl StoreName {
             Self::Directory(path) => {
                 Arc::new(DirectoryStore::open(path, DirectoryOptions { read_only, ..DirectoryOptions::default() })?)
             }
+            Self::Objects(url) => {
+                let options = ObjectOptions { read_only, ..ObjectOptions::default() };
+                Arc::new(ObjectBlockStore::open(&location(url)?, options)?)
+            }
         })
     }
 
     fn must_be_there(&self) -> anyhow::Result<()> {
-        let (Self::File(path) | Self::Directory(path)) = self;
+        let (Self::File(path) | Self::Directory(path)) = self else { return Ok(()) };
         match path.try_exists() {
             Ok(false) => Err(Missing(format!("{}: there is no such store", path.display())).into()),
             // Whatever else is wrong is said when it is opened.
@@ -52,11 +64,18 @@ impl StoreName {
     }
 
     /// Whether there is nothing yet, so that a store has to be made.
-    pub(super) fn is_new(&self) -> bool {
-        match self {
+    pub(super) fn is_new(&self) -> anyhow::Result<bool> {
+        Ok(match self {
             Self::File(path) => !path.exists(),
             Self::Directory(path) => fs::read_dir(path).map_or(true, |mut entries| entries.next().is_none()),
-        }
+            Self::Objects(url) => {
+                let options = ObjectOptions { read_only: true, ..ObjectOptions::default() };
+                match ObjectBlockStore::open(&location(url)?, options) {
+                    Err(ObjectStoreError::NotAStore { .. }) => true,
+                    found => found.map(|_| false)?,
+                }
+            }
+        })
     }
 
     /// Makes a store of `size` bytes.
@@ -68,10 +87,11 @@ impl StoreName {
     ) -> anyhow::Result<Arc<dyn BlockStore>> {
         Ok(match self {
             Self::File(path) => Arc::new(FileStore::create(path, size, preallocate, FileOptions::default(), progress)?),
-            Self::Directory(_) if preallocate => {
+            Self::Directory(_) | Self::Objects(_) if preallocate => {
                 return Err(Usage("--preallocate is for stores that are one file".into()).into());
             }
             Self::Directory(path) => Arc::new(DirectoryStore::create(path, size, DirectoryOptions::default())?),
+            Self::Objects(url) => Arc::new(ObjectBlockStore::create(&location(url)?, size, ObjectOptions::default())?),
         })
     }
 
@@ -87,9 +107,18 @@ impl StoreName {
 
 impl std::fmt::Display for StoreName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (Self::File(path) | Self::Directory(path)) = self;
-        path.display().fmt(f)
+        match self {
+            Self::File(path) | Self::Directory(path) => path.display().fmt(f),
+            Self::Objects(url) => f.write_str(url),
+        }
     }
+}
+
+fn location(url: &str) -> Result<Location, ObjectStoreError> {
+    // Variables that are no text are none that an object store knows.
+    let environment =
+        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)));
+    Location::s3(url, environment)
 }
 
 #[cfg(test)]
@@ -104,12 +133,13 @@ mod tests {
         assert_eq!(StoreName::parse(&at("")).unwrap(), StoreName::Directory(root.clone()));
         assert_eq!(StoreName::parse(&at("new")).unwrap(), StoreName::File(root.join("new")));
         let slash = StoreName::parse(&at("new/")).unwrap();
-        assert!(matches!(&slash, StoreName::Directory(path) if path.starts_with(&root)) && slash.is_new());
+        assert!(matches!(&slash, StoreName::Directory(path) if path.starts_with(&root)) && slash.is_new().unwrap());
         fs::write(root.join("new"), "x").unwrap();
-        assert!(!StoreName::parse(&at("new")).unwrap().is_new());
+        assert!(!StoreName::parse(&at("new")).unwrap().is_new().unwrap());
         std::os::unix::fs::symlink("new", root.join("link")).unwrap();
         assert_eq!(StoreName::parse(&at("link")).unwrap(), StoreName::File(root.join("new")), "one store, one name");
         assert!(StoreName::parse("").is_err());
         assert!(StoreName::parse("ftp://a/b").is_err());
+        assert_eq!(StoreName::parse("s3://bucket/a/").unwrap(), StoreName::Objects("s3://bucket/a".into()));
     }
 }
