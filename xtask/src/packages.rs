@@ -29,6 +29,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("getfacl", "acl"),
     ("unshare", "util-linux"),
     ("setcap", "libcap2-bin"),
+    ("taskset", "util-linux"),
+    ("nbdkit", "nbdkit"),
     ("swtpm", "swtpm"),
     ("tpm2_nvread", "tpm2-tools"),
     ("mkfs.ext4", "e2fsprogs"),
