@@ -39,7 +39,7 @@ fn two_layers() -> Image {
 fn help_completions_and_manual_pages_cover_every_command() {
     let place = Place::new();
     let help = String::from_utf8(run(&mut place.nacre("store", &["help"])).stdout).unwrap();
-    for command in ["demo", "run", "image", "broker", "attest", "completions", "man", "Exit codes"] {
+    for command in ["demo", "run", "image", "disk", "broker", "attest", "completions", "man", "Exit codes"] {
         assert!(help.contains(command), "{command}: {help}");
     }
     assert!(!help.contains("demo-guest"), "what is not for people is not shown");

@@ -15,9 +15,11 @@ use serde_json::Value;
 
 use crate::support::{Place, said};
 
-/// A place with a key and the disk `store`.
+/// A place with a key and a disk.
 struct Disk {
     place: Place,
+    store: &'static str,
+    environment: Vec<(String, String)>,
 }
 
 /// A server that is killed where a test fails.
@@ -34,7 +36,7 @@ impl Disk {
     fn new() -> Self {
         let place = Place::new();
         place.write("key", [7; 32]);
-        Self { place }
+        Self { place, store: "store", environment: Vec::new() }
     }
 
     fn formatted(more: &[&str]) -> Self {
@@ -45,7 +47,7 @@ impl Disk {
 
     fn nacre(&self, verb: &str) -> Command {
         let mut command = self.place.nacre("images", &["--quiet", "disk", verb]);
-        command.env("NACRE_RUN", self.place.at("run"));
+        command.env("NACRE_RUN", self.place.at("run")).envs(self.environment.iter().cloned());
         command
     }
 
@@ -57,11 +59,12 @@ impl Disk {
 
     /// Serves at `socket`; the second line that it prints is the TCP address, if one was asked for.
     fn serve(&self, more: &[&str]) -> Server {
-        let child = self.keyed("serve").args(["--socket", "socket", "store"]).args(more).stdout(Stdio::null()).spawn();
+        let child =
+            self.keyed("serve").args(["--socket", "socket", self.store]).args(more).stdout(Stdio::null()).spawn();
         let mut server = Server(child.unwrap());
         let begin = Instant::now();
         // The record is what other commands look for.
-        while !self.nacre("info").arg("store").output().unwrap().status.success() {
+        while !self.nacre("info").arg(self.store).output().unwrap().status.success() {
             assert!(server.0.try_wait().unwrap().is_none(), "the server ended");
             assert!(begin.elapsed() < Duration::from_secs(30), "the server does not serve");
             thread::sleep(Duration::from_millis(20));
@@ -282,6 +285,26 @@ fn a_directory_is_a_store_as_good_as_a_file() {
     run(disk.keyed("grow").args(["--size", "40M", "segments"]));
     let info = run(disk.keyed("info").args(["--json", "segments"])).stdout;
     assert_eq!(serde_json::from_slice::<Value>(&info).unwrap()["size"], 40 << 20);
+}
+
+#[test]
+fn an_s3_bucket_is_a_store_as_good_as_a_file() {
+    let Some(nbdcopy) = require("nbdcopy") else { return };
+    let Some(server) = nacre_testkit::MotoServer::start() else { return };
+    server.make_bucket("disks");
+    let mut disk = Disk::new();
+    disk.environment = server.environment();
+    disk.store = "s3://disks/one";
+    code(disk.keyed("info").arg(disk.store), 4, &["no store"]);
+    run(disk.keyed("format").args(["--size", "32M", disk.store]));
+    code(disk.keyed("format").args(["--size", "32M", disk.store]), 6, &["force"]);
+    let mut server = disk.serve(&[]);
+    disk.place.write("data", vec![0x5a; 4 << 20]);
+    run(disk.place.program(&nbdcopy).args(["--flush", "data", URI]));
+    assert_eq!(disk.info(disk.store)["state"], "running");
+    run(disk.nacre("close").arg(disk.store));
+    assert!(server.0.wait().unwrap().success());
+    run(disk.keyed("check").arg(disk.store));
 }
 
 #[test]
