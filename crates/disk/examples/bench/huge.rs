@@ -1,11 +1,11 @@
 //! A huge disk, without the time and the room that its data would take.
 //!
-//! What costs time and memory in a full disk of 1 TiB is its index: 2 million leaves and 16,500 nodes above them. All of these are here, made by
-//! the disk itself through its public interface and stored in a sparse file, 8 GiB of them: one block of each leaf is written, the last
-//! of its 128. A leaf with one entry is as large as a full one, and is read, verified, kept and replaced in the same way, so opening
-//! the disk, reading those blocks and overwriting them cost what they would on a disk that was written to the last LBA. What differs: the
-//! data, of which one group of [`GROUP`] blocks in [`KEPT`] is kept by the store and the others are forgotten, so only these are read; and
-//! the bitmap, of which fewer pages are in use. (The disk decides whether leaves are full; it does not know that there is a difference.)
+//! What costs time and memory in a full disk of 1 TiB is its index: 2 million leaves and 16,500 nodes above them. All of these are here,
+//! made by the disk itself through its public interface and stored in a sparse file, 8 GiB of them: one block of each leaf is written,
+//! the last of its 128. A leaf with one entry is as large as a full one, and is read, verified, kept and replaced in the same way, so
+//! opening the disk, reading those blocks and overwriting them cost what they would on a disk that was written to the last LBA. What
+//! differs: the data, of which one block in [`KEPT`] is kept by the store and the others are forgotten, so only these are read, from
+//! all over the disk; and the bitmap, of which fewer pages are in use.
 
 use std::{
     path::Path,
@@ -30,23 +30,17 @@ use crate::{
 
 /// Blocks that a leaf of the index leads to.
 const LEAF: u64 = 128;
-/// Blocks that are written in a row and kept or forgotten together.
-const GROUP: u64 = 4096;
-/// One group in so many is kept.
+/// Of so many blocks that are written, the store keeps one: 8 of them under each node above the leaves.
 const KEPT: u64 = 16;
-/// Blocks at the edges of a kept group that are not relied on: the disk writes 64 at a time.
-const EDGE: u64 = 128;
 
 /// The LBA of the n-th block that is written.
 fn lba(number: u64) -> u64 {
     number * LEAF + LEAF - 1
 }
 
-/// One of those that the store has kept.
+/// One of those that the store has kept, anywhere on the disk.
 fn kept(rng: &mut Rng, size: u64) -> u64 {
-    let groups = (size / BLOCK / LEAF / GROUP).max(1);
-    let group = rng.below(groups.div_ceil(KEPT)) * KEPT;
-    lba(group * GROUP + EDGE + rng.below(GROUP - 2 * EDGE))
+    lba(rng.below(size / BLOCK / LEAF / KEPT) * KEPT)
 }
 
 pub(crate) fn fill(path: &Path, size: u64) -> Result<()> {
@@ -57,18 +51,24 @@ pub(crate) fn fill(path: &Path, size: u64) -> Result<()> {
     let disk = new_disk(store.clone(), size)?;
     let data_start = disk.info().geometry.data_start() * BLOCK;
     let buffer = noise(BLOCK_SIZE);
-    for number in 0..size / BLOCK / LEAF {
-        let keep = (number / GROUP).is_multiple_of(KEPT);
-        store.data_start.store(if keep { u64::MAX } else { data_start }, SeqCst);
-        disk.write_at(lba(number) * BLOCK, &buffer)?;
+    let leaves = size / BLOCK / LEAF;
+    let (kept, forgotten): (Vec<u64>, Vec<u64>) = (0..leaves).partition(|number| number.is_multiple_of(KEPT));
+    for (numbers, data) in [(kept, u64::MAX), (forgotten, data_start)] {
+        store.data_start.store(data, SeqCst);
+        for number in numbers {
+            disk.write_at(lba(number) * BLOCK, &buffer)?;
+        }
+        disk.flush()?;
     }
+    // Closing writes the last of the index by this very thread.
+    store.data_start.store(u64::MAX, SeqCst);
     disk.close()?;
     eprintln!("filled in {:.0} s", begin.elapsed().as_secs_f64());
     Ok(())
 }
 
-/// Opens it in this process, which has done nothing else before. `clean` means: after it was closed in good order; then it is read and written and left as
-/// by a crash, with a journal that is as long as it gets.
+/// Opens it in this process, which has done nothing else before. `clean` means: after it was closed in good order; then it is read and
+/// written, and left as by a crash, with changes in the journal.
 pub(crate) fn open(path: &Path, size: u64, clean: bool) -> Result<()> {
     let store = Arc::new(Counting::new(Arc::new(FileStore::open(path, FileOptions::default())?)));
     let begin = Instant::now();
