@@ -322,6 +322,8 @@ impl Worker {
                 self.files.insert(number, State::There(name));
             }
         }
+        // What was removed just now is forgotten, so it may not come back.
+        File::open(&self.directory).unwrap().sync_all().unwrap();
         assert!(found.is_empty(), "{}: these were removed, and that was synced: {found:?}", self.directory.display());
         self.judge_database();
     }
