@@ -8,6 +8,10 @@
 //! - removed, and the directory not synced yet: it is not there, or whole
 //! - anything before: it may be anything
 //!
+//! A sync of a directory counts when it returned before the server was killed. After that it may return without an error and mean
+//! nothing: XFS gives up its log when it fails, and finds then that it has nothing of the directory left to write. A sync of a file that
+//! returns counts in any case.
+//!
 //! Beside its files each thread has one of many blocks, as a database has, which it overwrites in place: a block shows the version that
 //! was last synced, or a later one.
 
@@ -110,6 +114,20 @@ struct Worker {
     totals: Totals,
 }
 
+/// An open directory.
+struct Directory<'a> {
+    file: File,
+    stop: &'a AtomicBool,
+}
+
+impl Directory<'_> {
+    /// An error also where nothing can be said of it, since the server was killed meanwhile.
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        if self.stop.load(Ordering::SeqCst) { Err(io::Error::other("the server is gone")) } else { Ok(()) }
+    }
+}
+
 /// All of them.
 pub(crate) struct Load {
     workers: Vec<Worker>,
@@ -170,20 +188,20 @@ impl Worker {
         if self.versions.is_empty() {
             self.found()?;
         }
-        let directory = File::open(&self.directory)?;
+        let directory = &Directory { file: File::open(&self.directory)?, stop };
         let database = OpenOptions::new().write(true).open(self.directory.join(DATABASE))?;
         // A thread goes on after the server was killed until it is told: a sync that returns has to be right even then.
         let mut after = 20;
         while after > 0 {
             match rng.below(12) {
-                0..=2 => self.create(rng, false, &directory)?,
-                3..=5 => self.create(rng, true, &directory)?,
-                6 | 7 => self.rename(rng, &directory)?,
-                8 => self.remove(rng, &directory)?,
+                0..=2 => self.create(rng, None)?,
+                3..=5 => self.create(rng, Some(directory))?,
+                6 | 7 => self.rename(rng, directory)?,
+                8 => self.remove(rng, directory)?,
                 _ => self.overwrite(rng, &database)?,
             }
             while self.live > QUOTA {
-                self.remove(rng, &directory)?;
+                self.remove(rng, directory)?;
             }
             after -= i32::from(stop.load(Ordering::SeqCst));
         }
@@ -209,11 +227,11 @@ impl Worker {
         Ok(())
     }
 
-    fn create(&mut self, rng: &mut Rng, moved: bool, directory: &File) -> io::Result<()> {
+    fn create(&mut self, rng: &mut Rng, moved: Option<&Directory<'_>>) -> io::Result<()> {
         let number = self.next;
         self.next += 1;
         let name = format!("{number}.0");
-        let (first, data) = (if moved { format!("{number}.new") } else { name.clone() }, content(number));
+        let (first, data) = (if moved.is_some() { format!("{number}.new") } else { name.clone() }, content(number));
         self.files.insert(number, State::Anything);
         let mut file = File::create(self.directory.join(&first))?;
         for piece in data.chunks(1 + rng.below(200_000)) {
@@ -222,7 +240,7 @@ impl Worker {
         file.sync_all()?;
         self.totals.synced += 1;
         self.files.insert(number, State::There(first.clone()));
-        if moved {
+        if let Some(directory) = moved {
             self.files.insert(number, State::Either(first.clone(), name.clone()));
             fs::rename(self.directory.join(first), self.directory.join(&name))?;
             self.sync(directory)?;
@@ -244,7 +262,7 @@ impl Worker {
         (!there.is_empty()).then(|| rng.pick(&there).clone())
     }
 
-    fn rename(&mut self, rng: &mut Rng, directory: &File) -> io::Result<()> {
+    fn rename(&mut self, rng: &mut Rng, directory: &Directory<'_>) -> io::Result<()> {
         let Some((number, old)) = self.any(rng) else { return Ok(()) };
         let new = format!("{number}.{}", rng.below(1 << 20));
         if new == old {
@@ -258,7 +276,7 @@ impl Worker {
         Ok(())
     }
 
-    fn remove(&mut self, rng: &mut Rng, directory: &File) -> io::Result<()> {
+    fn remove(&mut self, rng: &mut Rng, directory: &Directory<'_>) -> io::Result<()> {
         let Some((number, name)) = self.any(rng) else { return Ok(()) };
         self.files.insert(number, State::Going(name.clone()));
         fs::remove_file(self.directory.join(name))?;
@@ -272,11 +290,11 @@ impl Worker {
     }
 
     /// Whatever was removed is gone from now on.
-    fn sync(&mut self, directory: &File) -> io::Result<()> {
+    fn sync(&mut self, directory: &Directory<'_>) -> io::Result<()> {
         let going = |state: &State| matches!(state, State::Going(_));
         let removed: Vec<u64> =
             self.files.iter().filter(|(_, state)| going(state)).map(|(number, _)| *number).collect();
-        directory.sync_all()?;
+        directory.sync()?;
         self.totals.synced += 1;
         for number in removed {
             // Nobody knows it any more: were it there, it would be found as what should not be there.
@@ -322,6 +340,8 @@ impl Worker {
                 self.files.insert(number, State::There(name));
             }
         }
+        // What was removed just now is forgotten, so it may not come back.
+        File::open(&self.directory).unwrap().sync_all().unwrap();
         assert!(found.is_empty(), "{}: these were removed, and that was synced: {found:?}", self.directory.display());
         self.judge_database();
     }

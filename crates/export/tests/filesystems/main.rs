@@ -63,7 +63,7 @@ const XFS: Kind = Kind {
 const BTRFS: Kind = Kind {
     name: "btrfs",
     make: "mkfs.btrfs -q",
-    check: "btrfs check",
+    check: "btrfs check --force",
     size: 160 * MIB,
     discard: "discard=sync",
     anchored: false,

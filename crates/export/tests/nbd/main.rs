@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
 mod client;
+mod disk;
 mod memory;
 mod programs;
 mod protocol;
@@ -14,14 +15,14 @@ use std::{path::PathBuf, sync::Arc};
 
 use memory::Memory;
 use nacre_export::{
-    FrontEnd as _,
+    FrontEnd as _, Served,
     nbd::{Listen, NbdServer, NbdSettings},
 };
 
-/// A server at a socket file, over memory.
-struct Fixture {
+/// A server at a socket file, over memory or what else is there.
+struct Fixture<S: ?Sized = Memory> {
     directory: tempfile::TempDir,
-    store: Arc<Memory>,
+    store: Arc<S>,
     server: Option<Box<NbdServer>>,
 }
 
@@ -31,11 +32,18 @@ impl Fixture {
     }
 
     fn with(store: Memory, change: impl FnOnce(&mut NbdSettings)) -> Self {
+        let store = Arc::new(store);
+        Self::of(store.clone(), store, change)
+    }
+}
+
+impl<S: ?Sized> Fixture<S> {
+    /// `served` is `store`, as servers know it.
+    fn of(store: Arc<S>, served: Served, change: impl FnOnce(&mut NbdSettings)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut settings = NbdSettings::new(Listen::Unix(directory.path().join("nbd.sock")));
         change(&mut settings);
-        let store = Arc::new(store);
-        let server = Some(Box::new(NbdServer::start(store.clone(), settings).unwrap()));
+        let server = Some(Box::new(NbdServer::start(served, settings).unwrap()));
         Self { directory, store, server }
     }
 
