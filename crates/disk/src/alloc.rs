@@ -8,10 +8,7 @@
 //! checkpoint is durable, segments written in the period are busy and not opened again. So no block that a crash might bring
 //! back is ever overwritten, and what is free is what the bitmap of the last checkpoint says.
 
-use std::{
-    cmp::Reverse,
-    collections::{HashMap, HashSet, VecDeque},
-};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::layout::Geometry;
 
@@ -130,9 +127,21 @@ impl Allocator {
 
     /// The segment to open next; it counts as open from then on. `None` where there is none with a free slot.
     pub(crate) fn choose(&mut self, kind: Kind) -> Option<usize> {
-        let ready = (0..self.live.len()).filter(|segment| self.is_ready(*segment));
-        let candidates = ready.map(|segment| (self.free_in(segment), segment)).filter(|(free, _)| *free > 0);
-        let (free, segment) = candidates.min_by_key(|(free, segment)| (Reverse(*free), *segment))?;
+        let mut best: Option<(u64, usize)> = None;
+        for segment in 0..self.live.len() {
+            if self.written.get(segment).is_none_or(|written| *written > self.completed) {
+                continue;
+            }
+            let free = self.free_in(segment);
+            if free == 0 || best.is_some_and(|(most, _)| free <= most) || self.is_open(segment) {
+                continue;
+            }
+            best = Some((free, segment));
+            if free == self.capacity() {
+                break; // there is none better
+            }
+        }
+        let (free, segment) = best?;
         self.closed_free -= free;
         self.open(kind).chosen.push(segment);
         Some(segment)

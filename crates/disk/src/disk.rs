@@ -40,7 +40,8 @@ pub enum AnchorWindow {
 /// How a disk is opened.
 #[derive(Clone)]
 pub struct OpenOptions {
-    /// Memory for everything that the disk keeps there, in bytes: at least 8 MiB, and 1 MiB for each TiB.
+    /// Memory for everything that the disk keeps there, in bytes: at least 8 MiB, and 1 MiB more for each TiB that is
+    /// begun.
     pub memory: u64,
     /// Take no writes, and write nothing.
     pub read_only: bool,
@@ -525,7 +526,7 @@ fn share(
         writer: RwLock::new(None),
         first_epoch: OnceLock::new(),
         anchored,
-        cache: Cache::new(options.memory / 2),
+        cache: Cache::new(options.memory / 8 * 3),
         pool: Pool::new(1024),
         counters: Counters::default(),
         failed: OnceLock::new(),

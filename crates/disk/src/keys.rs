@@ -7,18 +7,15 @@
 //! to a second message under one (key, nonce). An epoch ends after [`EPOCH_MESSAGES`] messages; a counter that reached twice that
 //! refuses to seal. Superblocks and checkpoints have a fresh random salt, and so a key, for each message.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Arc, RwLock,
+    atomic::{AtomicU64, Ordering},
 };
 
 use nacre_core::{SecretArray, aead::AeadKey};
 use ring::{digest, hkdf};
 
-use crate::{DiskError, poison};
+use crate::{DiskError, delta::FastMap, poison};
 
 /// Messages under one key after which a new epoch begins: 2^32 blocks are 16 TiB, far below the birthday bound of AES (2^64 blocks of
 /// 16 bytes; here 2^40).
@@ -228,7 +225,7 @@ impl EpochKeys {
 pub(crate) struct KeyRing {
     uuid: [u8; 16],
     masters: RwLock<Vec<Arc<MasterKey>>>,
-    epochs: RwLock<HashMap<u32, EpochSlot>>,
+    epochs: RwLock<FastMap<u32, EpochSlot>>,
 }
 
 struct EpochSlot {

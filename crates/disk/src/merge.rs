@@ -4,7 +4,7 @@
 //! what it replaces is freed. The new root, the new bitmap and the new counts are the next checkpoint. All the while users go on:
 //! they read the frozen delta over the old tree, and write to the next delta. So writes never wait for a look at the tree.
 
-use std::{collections::HashMap, sync::Arc, sync::atomic::Ordering};
+use std::sync::{Arc, atomic::Ordering};
 
 use nacre_core::{BlockError, Page, WriteRequest};
 use rand_core::RngCore as _;
@@ -14,7 +14,7 @@ use crate::{
     alloc::Kind,
     checkpoint::{Checkpoint, Root},
     clean::Cleaning,
-    delta::{Trimmed, Written},
+    delta::{FastMap, Trimmed, Written},
     keys::{EpochKeys, EpochRecord, Purpose, SALT_LEN},
     layout::{BLOCK, MOST_EPOCHS},
     node::{self, Entry, FANOUT, FANOUT_BITS, Node},
@@ -33,7 +33,7 @@ pub(crate) struct Merge<'a> {
     /// Places that it leads to and the old one does not.
     pub(crate) used: Vec<u64>,
     /// How the numbers of blocks in use change, by epoch.
-    pub(crate) epochs: HashMap<u32, i64>,
+    pub(crate) epochs: FastMap<u32, i64>,
     pub(crate) cleaning: Cleaning,
     /// The old root and its height, of a disk that grew.
     raised: Option<(Entry, u8)>,
@@ -53,7 +53,7 @@ impl Shared {
             keys,
             freed: Vec::new(),
             used: Vec::new(),
-            epochs: HashMap::new(),
+            epochs: FastMap::default(),
             cleaning,
             raised: None,
             out: Vec::new(),

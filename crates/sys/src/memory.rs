@@ -34,6 +34,17 @@ pub fn is_io_flusher() -> bool {
     result == 1
 }
 
+/// Lets all threads of the process share one heap: glibc gives each processor's threads heaps of their own, which keep what is freed, and
+/// a daemon whose memory is bounded wants it back. To be called before threads are started; elsewhere than on glibc it does nothing.
+pub fn share_one_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: mallopt takes numbers only; one that it does not like it refuses.
+        #[expect(unsafe_code, reason = "there is no safe interface to glibc's settings")]
+        let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

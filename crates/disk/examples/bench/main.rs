@@ -32,6 +32,7 @@ pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>
 pub(crate) const BLOCK: u64 = nacre_core::BLOCK_SIZE as u64;
 
 fn main() -> Result<()> {
+    nacre_sys::memory::share_one_heap();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let seconds = |text: &str| -> Result<Duration> { Ok(Duration::try_from_secs_f64(text.parse()?)?) };

@@ -264,6 +264,9 @@ impl FileStore {
     }
 }
 
+/// So many writes go one after the other: waking up for the answers of a ring costs more than they do.
+const FEW: usize = 3;
+
 impl BlockStore for FileStore {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -413,7 +416,7 @@ impl BlockStore for FileStore {
         }
         match &self.way.rings {
             // Through the page cache a write is a copy, which nothing makes faster.
-            Some(rings) if requests.len() > 1 && self.way.direct.is_some() => self.write_together(rings, requests),
+            Some(rings) if requests.len() > FEW && self.way.direct.is_some() => self.write_together(rings, requests),
             _ => requests.iter().try_for_each(|request| {
                 self.write_one(request.offset, &request.buffers)
                     .map_err(|error| self.error("write", request.offset, request.length(), error))

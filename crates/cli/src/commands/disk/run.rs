@@ -48,6 +48,7 @@ pub(super) fn run(
     ready: impl FnOnce(&[String], &Slot) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     // Before there are threads.
+    nacre_sys::memory::share_one_heap();
     let end = EndSignals::hold()?;
     let run = RunDir::of(&args.run)?;
     let name = StoreName::parse(store)?;
