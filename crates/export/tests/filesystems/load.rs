@@ -340,8 +340,8 @@ impl Worker {
                 self.files.insert(number, State::There(name));
             }
         }
-        // What was removed just now is forgotten, so it may not come back.
-        File::open(&self.directory).unwrap().sync_all().unwrap();
+        // What was removed just now is forgotten, so it may not come back: all of the filesystem is written out, not a journal of it.
+        rustix::fs::syncfs(File::open(&self.directory).unwrap()).unwrap();
         assert!(found.is_empty(), "{}: these were removed, and that was synced: {found:?}", self.directory.display());
         self.judge_database();
     }
