@@ -105,7 +105,7 @@ fn survive(kind: &Kind) {
     fs::create_dir(place.at()).unwrap();
     place.format(kind.size);
     let rng = &mut Rng::new(seed);
-    let mut load = Load::new(&place.at());
+    let mut load = Load::new(&place.at(), kind.name == BTRFS.name);
     for round in 0..rounds {
         let server = Server::start(&place);
         if round == 0 {
