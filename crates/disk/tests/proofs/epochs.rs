@@ -13,7 +13,8 @@ use nacre_testkit::{
 
 use crate::rig::BLOCK;
 
-const BLOCKS: u64 = 4096;
+const COUNT: usize = 4096;
+const BLOCKS: u64 = COUNT as u64;
 
 /// A disk of 16 MiB, and what each of its blocks begins with.
 struct Stamped {
@@ -30,7 +31,7 @@ impl Stamped {
         let store = SimStore::forgetful(Snapshot::zeroed(store_size_for(&made).unwrap()));
         let key = RootKey::random();
         format(&*store, &key, None, &made).unwrap();
-        Self { store, key, options, stamps: vec![0; BLOCKS as usize], rng: Rng::new(5) }
+        Self { store, key, options, stamps: vec![0; COUNT], rng: Rng::new(5) }
     }
 
     fn open(&self) -> Disk {
@@ -40,7 +41,7 @@ impl Stamped {
 
     fn write(&mut self, disk: &Disk, count: usize) {
         for _ in 0..count {
-            let lba = self.rng.below(BLOCKS as usize);
+            let lba = self.rng.below(COUNT);
             let stamp = self.rng.next_u64();
             let mut block = [0; BLOCK_SIZE];
             block[..8].copy_from_slice(&stamp.to_le_bytes());
@@ -118,7 +119,7 @@ fn trimming_the_store_takes_nothing_that_is_needed() {
             stamped.write(&disk, 300);
             if round % 5 == 0 {
                 disk.trim(0, BLOCKS / 2 * BLOCK).unwrap();
-                stamped.stamps[..BLOCKS as usize / 2].fill(0);
+                stamped.stamps[..COUNT / 2].fill(0);
             }
             disk.flush().unwrap();
             stamped.judge(&disk);

@@ -1,5 +1,5 @@
 //! Block devices of the kernel, three ways: [`Ublk`], the kernel's NBD client ([`KernelNbd`]), and a FUSE file under a loop device
-//! ([`FuseLoop`]). [`best`] takes the first that the kernel has.
+//! ([`FuseLoop`]). [`best()`] takes the first that the kernel has.
 //!
 //! All of them show blocks of 4096 bytes unless told otherwise, so that a filesystem that was made on one can be mounted on another; all
 //! pass on flushes, discards and writes of zeroes; and none is taken away while something is mounted on it.
