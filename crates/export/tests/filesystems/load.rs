@@ -12,8 +12,9 @@
 //! nothing: XFS gives up its log when it fails, and finds then that it has nothing of the directory left to write. A sync of a file that
 //! returns counts in any case.
 //!
-//! What btrfs replays may bring back a file that was renamed and removed since its last commit, under its first name, although the
-//! directory was synced (seen with Linux 6.18 on a plain file, too). So there it has to be whole, and not gone.
+//! On btrfs a file that was renamed and removed was seen to come back under its first name, although the directory had been synced: with Linux
+//! 6.18, and on a plain file instead of a disk, too. Whether its log replay does that, or something here expects too much, is not known. So
+//! there a removed file has to be whole, and need not be gone.
 //!
 //! Beside its files each thread has one of many blocks, as a database has, which it overwrites in place: a block shows the version that
 //! was last synced, or a later one.
