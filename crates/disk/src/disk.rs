@@ -129,6 +129,8 @@ pub struct Disk {
     root: RootKey,
     warnings: Vec<String>,
     anchored: bool,
+    /// A checkpoint slot holds none: closing writes it, whatever else there is to do.
+    repairs: bool,
 }
 
 impl std::fmt::Debug for Disk {
@@ -172,10 +174,11 @@ impl Disk {
             format::write_superblock_copy(&*store, &recovered.superblock, copy, key, &options.audit)?;
         }
         let warnings = warnings(&recovered);
+        let repairs = recovered.damaged_checkpoints > 0;
         let was_anchored = recovered.superblock.anchored;
         let shared = Arc::new(share(store, recovered, anchored, options, limits, fence));
         let workers = if options.background && !options.read_only { start_workers(&shared)? } else { Vec::new() };
-        Ok(Self { shared, workers, root: key.keep(), warnings, anchored: was_anchored })
+        Ok(Self { shared, workers, root: key.keep(), warnings, anchored: was_anchored, repairs })
     }
 
     /// Flushes, writes a last checkpoint, moves the anchor on, and ends. The next open finds nothing to replay.
@@ -197,8 +200,8 @@ impl Disk {
     pub fn shut(&self) -> Result<(), DiskError> {
         let shared = &self.shared;
         shared.check_writable()?;
-        if poison(shared.writer.read()).is_none() && shared.lock().delta.is_empty() {
-            return Ok(()); // nothing was written, nothing was replayed
+        if poison(shared.writer.read()).is_none() && shared.lock().delta.is_empty() && !self.repairs {
+            return Ok(()); // nothing was written, nothing was replayed, nothing is to be mended
         }
         shared.writer()?;
         // A checkpoint may be under way, of what was committed before; then one more takes the rest.

@@ -130,7 +130,7 @@ impl Setup {
     #[track_caller]
     pub(crate) fn check_clean(&self, medium: &Medium) {
         let report = self.check(medium).unwrap();
-        assert!(report.is_clean(), "{:?}, {:?}", report.damaged, report.inconsistent);
+        assert!(report.is_clean(), "{:?}, {:?}, {:?}", report.damaged, report.inconsistent, report.warnings);
     }
 }
 

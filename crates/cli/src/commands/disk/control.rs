@@ -107,10 +107,10 @@ fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> anyhow::Result<Val
     client.set_write_timeout(Some(PEER_TIME))?;
     let mut line = String::new();
     BufReader::new(&client).take(REQUEST_LIMIT).read_line(&mut line)?;
-    let request = serde_json::from_str::<Request>(&line);
+    let request = parse(&line);
     let result = match &request {
         Ok(request) => answer(*request),
-        Err(error) => Err(anyhow::anyhow!("this is no request: {error}")),
+        Err(error) => Err(anyhow::anyhow!("this is no request: {error:#}")),
     };
     let done = request.ok().filter(|_| result.is_ok());
     let mut text = serde_json::to_vec(&match result {
@@ -124,6 +124,14 @@ fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> anyhow::Result<Val
     // The disk is closed all the same where nobody waits for the answer.
     let written = (&client).write_all(&text);
     if done == Some(Request::Close) { Ok(done) } else { written.map(|()| done) }
+}
+
+/// Reads a request: exactly one, since serde passes over what it does not know beside a tag.
+fn parse(line: &str) -> anyhow::Result<Request> {
+    let value: Value = serde_json::from_str(line)?;
+    let request: Request = serde_json::from_value(value.clone())?;
+    anyhow::ensure!(serde_json::to_value(request)? == value, "it has fields that are not known");
+    Ok(request)
 }
 
 /// Asks a running disk.
