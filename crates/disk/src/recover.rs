@@ -92,6 +92,17 @@ pub(crate) fn read_superblock(store: &dyn BlockStore, key: &RootKey) -> Result<(
     superblock::choose([first, second], key, &name)
 }
 
+/// The generations of the master keys that the two slots say they are sealed under.
+pub(crate) fn checkpoint_masters(store: &dyn BlockStore, geometry: &Geometry) -> Result<Vec<u32>, BlockError> {
+    let mut found = Vec::new();
+    for slot in 0..2 {
+        let mut page = Page::zeroed();
+        store.read_at(geometry.checkpoint_slot(slot) * BLOCK, &mut page.0)?;
+        found.extend(checkpoint::Clear::parse(&page.0).map(|clear| clear.master));
+    }
+    Ok(found)
+}
+
 /// The newer of the two checkpoints that is authentic, and how many are not.
 fn read_checkpoints(store: &dyn BlockStore, superblock: &Superblock) -> Result<(Option<Checkpoint>, usize), DiskError> {
     let geometry = superblock.geometry;

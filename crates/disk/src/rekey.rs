@@ -23,9 +23,12 @@ pub fn change_key(store: &dyn BlockStore, old: &RootKey, new: &RootKey) -> Resul
 pub fn rotate(store: &dyn BlockStore, key: &RootKey) -> Result<(), DiskError> {
     let recovered = recover::recover(store, key)?;
     let mut superblock = recovered.superblock;
-    let needed = |generation: u32| recovered.checkpoint.epochs.iter().any(|epoch| epoch.master == generation);
+    // Both checkpoints, too: a disk that was rotated and not written to since is still opened by an older master key.
+    let sealed = recover::checkpoint_masters(store, &superblock.geometry)?;
+    let needed = |generation: u32| {
+        sealed.contains(&generation) || recovered.checkpoint.epochs.iter().any(|epoch| epoch.master == generation)
+    };
     let newest = superblock.masters.iter().map(|master| master.generation).max().unwrap_or(0);
-    // The newest one opens the checkpoints of this moment.
     superblock.masters.retain(|master| master.generation == newest || needed(master.generation));
     if superblock.masters.len() >= MOST_MASTERS {
         return Err(DiskError::Setting(format!(

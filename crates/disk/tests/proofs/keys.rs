@@ -133,3 +133,17 @@ fn a_crashed_disk_can_be_rotated() {
     let opened = setup.open_store(store, None).unwrap();
     past.model.judge(&opened.disk, &[past.model.step()], Damage::Unexpected).unwrap();
 }
+
+#[test]
+fn rotating_twice_without_a_write_between_loses_nothing() {
+    let setup = Setup::default();
+    let medium = setup.format();
+    let store = SimStore::of(medium.image.clone());
+    for _ in 0..3 {
+        rotate(&*store, &setup.key()).unwrap();
+    }
+    let medium = Medium { image: store.image(), anchor: medium.anchor };
+    setup.check_clean(&medium);
+    let opened = setup.open(&medium).unwrap();
+    Model::new(setup.blocks()).judge(&opened.disk, &[0], Damage::Unexpected).unwrap();
+}
