@@ -179,6 +179,11 @@ impl Allocator {
 
     /// One slot; `None` where a segment has to be opened first.
     pub(crate) fn take(&mut self, kind: Kind) -> Option<u64> {
+        self.take_run(kind, 1).map(|run| run.start)
+    }
+
+    /// Slots in a row, at least one and at most `most`; `None` where a segment has to be opened first.
+    pub(crate) fn take_run(&mut self, kind: Kind, most: u64) -> Option<Run> {
         let other = if kind == Kind::Data { Kind::Index } else { Kind::Data };
         let lend = self.open(kind).free == 0 && self.closed_free == 0;
         let period = self.period;
@@ -186,18 +191,18 @@ impl Allocator {
         let (segment, runs) = open.queue.front_mut()?;
         let segment = *segment;
         let run = runs.front_mut()?;
-        let place = run.start;
-        run.start += 1;
-        run.length -= 1;
+        let taken = Run { start: run.start, length: run.length.min(most) };
+        run.start += taken.length;
+        run.length -= taken.length;
         if run.length == 0 {
             runs.pop_front();
         }
         if runs.is_empty() {
             open.queue.pop_front();
         }
-        open.free -= 1;
+        open.free -= taken.length;
         self.mark(segment, period);
-        Some(place)
+        Some(taken)
     }
 
     /// Slots that recovery found in use, though the checkpoint's bitmap does not know them. Their segments' other slots stay free: on

@@ -274,7 +274,9 @@ impl Check<'_> {
 
     /// What the journal says over the checkpoint.
     fn journal(&self) {
-        let (blocks, _) = self.shared.lock().delta.sorted();
+        let log = self.shared.lock();
+        let blocks: Vec<_> = log.delta.sorted().0.into_iter().map(|(lba, entry)| (lba, *entry)).collect();
+        drop(log);
         self.blocks(&blocks);
     }
 

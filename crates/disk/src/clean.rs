@@ -11,6 +11,7 @@ use crate::{
     DiskError,
     alloc::Kind,
     checkpoint::Checkpoint,
+    delta::Written,
     keys::Purpose,
     layout::{BLOCK, MOST_EPOCHS},
     merge::Merge,
@@ -111,7 +112,7 @@ impl Merge<'_> {
         &mut self,
         first: u64,
         node: &mut Node,
-        changes: &[(u64, Entry)],
+        changes: &[Written<'_>],
     ) -> Result<(), DiskError> {
         if self.cleaning.budget == 0 || (self.cleaning.victims.is_empty() && self.cleaning.retire == 0) {
             return Ok(());

@@ -5,11 +5,11 @@
 //! writes does not matter: recovery counts a last commit only when all of its blocks are there.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use nacre_core::{AnchorState, BlockError, WriteRequest};
+use nacre_core::{AnchorState, BLOCK_SIZE, BlockError, Page, WriteRequest};
 
 use crate::{
     AnchorWindow, DiskError,
@@ -146,6 +146,7 @@ impl Shared {
             return false;
         }
         let fresh = Delta::with_capacity(self.limits.delta);
+        self.merged.store(0, Ordering::Relaxed);
         log.frozen = Some(Frozen {
             delta: Arc::new(std::mem::replace(&mut log.delta, fresh)),
             period: log.allocator.freeze(),
@@ -162,13 +163,14 @@ impl Shared {
     fn carry_out(&self, plan: &Plan) -> Result<[u8; 32], DiskError> {
         let (records, chain) = self.records(plan)?;
         let geometry = self.geometry();
-        let journal = records.iter().zip(&plan.positions).map(|(bytes, position)| WriteRequest {
+        let journal = records.iter().zip(&plan.positions).map(|(pages, position)| WriteRequest {
             offset: (geometry.journal_start() + position) * BLOCK,
-            buffers: vec![bytes],
+            buffers: pages.iter().map(|page| page.0.as_slice()).collect(),
         });
         let journal: Vec<_> = journal.collect();
         add(&self.counters.journal_bytes, journal.iter().map(WriteRequest::length).sum());
         self.write_claimed(plan.claimed.clone(), journal)?;
+        self.pool.give(records.into_iter().flatten());
         // What others carried when this began.
         let mut log = self.lock();
         while log.is_on_its_way(plan.last) {
@@ -184,14 +186,15 @@ impl Shared {
         Ok(chain)
     }
 
-    fn records(&self, plan: &Plan) -> Result<(Vec<Vec<u8>>, [u8; 32]), DiskError> {
+    /// The records of a commit, in pages, which direct I/O takes as they are; and the chain after it.
+    fn records(&self, plan: &Plan) -> Result<(Vec<Vec<Box<Page>>>, [u8; 32]), DiskError> {
         let mut chain = plan.chain;
         let mut records = Vec::with_capacity(plan.positions.len());
         if plan.changes.is_empty() {
             return Ok((records, chain));
         }
         let keys = self.writer()?;
-        let generation = self.generation.load(std::sync::atomic::Ordering::Acquire);
+        let generation = self.generation.load(Ordering::Acquire);
         let parts: Vec<_> = plan.changes.chunks(capacity(MOST_BLOCKS)).collect();
         for (number, changes) in (1..).zip(&parts) {
             let record = Record {
@@ -203,7 +206,11 @@ impl Shared {
                 changes: changes.to_vec(),
             };
             let (bytes, next) = record.encode(&keys, &self.auditor)?;
-            records.push(bytes);
+            let mut pages = self.pool.take(bytes.len() / BLOCK_SIZE);
+            for (page, block) in pages.iter_mut().zip(bytes.chunks_exact(BLOCK_SIZE)) {
+                page.0.copy_from_slice(block);
+            }
+            records.push(pages);
             chain = next;
         }
         Ok((records, chain))

@@ -318,6 +318,8 @@ impl Disk {
         log.blocks = blocks;
         log.allocator.grow(geometry);
         log.period_began_with = log.allocator.available();
+        drop(log);
+        shared.size.store(blocks * BLOCK, Ordering::Release);
         Ok(())
     }
 }
@@ -330,7 +332,7 @@ impl Drop for Disk {
 
 impl BlockStore for Disk {
     fn size(&self) -> u64 {
-        self.shared.lock().blocks * BLOCK
+        self.shared.size.load(Ordering::Acquire)
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
@@ -529,13 +531,15 @@ fn share(
         writer: RwLock::new(None),
         first_epoch: OnceLock::new(),
         anchored,
-        cache: Cache::new(options.memory / 8 * 3),
-        pool: Pool::new(1024),
+        cache: Cache::new(options.memory / 16 * 5),
+        pool: Pool::new(512),
         counters: Counters::default(),
         failed: OnceLock::new(),
         stop: AtomicBool::new(false),
         fence,
         generation: AtomicU64::new(checkpoint.generation),
+        merged: AtomicU64::new(0),
+        size: AtomicU64::new(checkpoint.blocks * BLOCK),
         lifetime: (checkpoint.written_user, checkpoint.written_store),
         checkpoint: Mutex::new(checkpoint),
     }

@@ -10,6 +10,7 @@ use crate::{
     keys::{Auditor, MasterKey},
     layout::{self, BLOCK, Geometry, LEAST_RESERVE, MOST_RESERVE},
     node::{self, Entry},
+    shared::runs,
     superblock::{self, Refusal, Superblock},
 };
 
@@ -20,8 +21,10 @@ pub struct FormatOptions {
     pub size: Option<u64>,
     /// How much is kept free beyond that, in percent of the size: 3 to 100. 0 means the default, 10.
     pub reserve_percent: u8,
-    /// Overwrite what is there.
+    /// Overwrite what is there, and take an anchor that another disk had.
     pub force: bool,
+    /// The store was made for this disk a moment ago: what is on it, noise perhaps, is nobody's.
+    pub fresh_store: bool,
     /// Who hears of encryptions.
     pub audit: Auditor,
 }
@@ -32,6 +35,7 @@ impl std::fmt::Debug for FormatOptions {
             .field("size", &self.size)
             .field("reserve_percent", &self.reserve_percent)
             .field("force", &self.force)
+            .field("fresh_store", &self.fresh_store)
             .finish_non_exhaustive()
     }
 }
@@ -91,7 +95,7 @@ pub fn format(
             geometry.store_blocks() * BLOCK
         )));
     }
-    if !options.force {
+    if !options.force && !options.fresh_store {
         refuse_what_is_there(store)?;
     }
     let mut uuid = [0; 16];
@@ -173,9 +177,22 @@ fn erase_superblocks(store: &dyn BlockStore) -> Result<(), DiskError> {
     Ok(store.flush()?)
 }
 
-/// What an earlier disk left in the ring would look like records of an epoch that is not known.
+/// What an earlier disk left in the ring would look like records of an epoch that is not known. Zeroes are written, not asked for, and only
+/// where there is something else: a file that has room for its ring keeps it (a filesystem would make holes of zeroes, and each commit
+/// would have to find room first), and one that is sparse stays so.
 fn erase_journal(store: &dyn BlockStore, geometry: &Geometry) -> Result<(), DiskError> {
-    Ok(store.write_zeroes(geometry.journal_start() * BLOCK, geometry.journal_blocks * BLOCK)?)
+    const PIECE: u64 = 256;
+    let zeroes = Page::zeroed();
+    let (mut block, end) = (geometry.journal_start(), geometry.data_start());
+    while block < end {
+        let count = (end - block).min(PIECE);
+        let mut piece = vec![0; usize::try_from(count * BLOCK).unwrap_or(0)];
+        store.read_at(block * BLOCK, &mut piece)?;
+        let used = (block..).zip(piece.chunks(BLOCK_SIZE)).filter(|(_, bytes)| *bytes != zeroes.0);
+        store.write_many(&runs(used.map(|(block, _)| (block, &*zeroes))))?;
+        block += count;
+    }
+    Ok(())
 }
 
 fn refuse_what_is_there(store: &dyn BlockStore) -> Result<(), DiskError> {

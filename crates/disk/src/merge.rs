@@ -24,6 +24,11 @@ use crate::{
     tree::{Position, Tree},
 };
 
+/// Leaves that are read at once.
+const AHEAD: usize = 512;
+/// Nodes that are written at once: 1 MiB.
+const OUT: usize = 256;
+
 /// A merge under way.
 pub(crate) struct Merge<'a> {
     pub(crate) shared: &'a Shared,
@@ -166,9 +171,22 @@ impl Shared {
     }
 }
 
+/// A child of a node that changes: its slot, and the writes and trims below it.
+type Touched<'b> = (u64, &'b [Written<'b>], &'b [Trimmed]);
+
+/// How many of some children of a level are folded together: not more than a batch, nor more than have so many leaves to be read.
+fn at_once(children: &[Touched<'_>], level: u8) -> usize {
+    let mut leaves = 0;
+    let fits = |(_, mine, _): &&Touched<'_>| {
+        leaves += if level == 1 { mine.len().min(FANOUT) } else { 0 };
+        leaves <= AHEAD
+    };
+    children.iter().take(BATCH).take_while(fits).count().max(1)
+}
+
 impl Merge<'_> {
     /// The new index.
-    fn index(&mut self, old: Root, blocks: u64, changes: &[Written], trims: &[Trimmed]) -> Result<Root, DiskError> {
+    fn index(&mut self, old: Root, blocks: u64, changes: &[Written<'_>], trims: &[Trimmed]) -> Result<Root, DiskError> {
         let height = node::height(blocks).max(old.height);
         let mut entry = old.entry;
         if height > old.height && !entry.is_hole() {
@@ -192,7 +210,7 @@ impl Merge<'_> {
         &mut self,
         at: Position,
         mut old: Entry,
-        changes: &[Written],
+        changes: &[Written<'_>],
         trims: &[Trimmed],
     ) -> Result<Entry, DiskError> {
         let (first, count) = at.span();
@@ -232,7 +250,7 @@ impl Merge<'_> {
         &mut self,
         first: u64,
         node: &mut Node,
-        changes: &[Written],
+        changes: &[Written<'_>],
         trims: &[Trimmed],
     ) -> Result<(), DiskError> {
         for (from, to) in trims {
@@ -243,9 +261,10 @@ impl Merge<'_> {
         }
         for (lba, entry) in changes {
             self.free(node.entry(lba - first));
-            self.take_in(*entry);
-            node.set(lba - first, *entry);
+            self.take_in(**entry);
+            node.set(lba - first, **entry);
         }
+        self.shared.merged.fetch_add(changes.len() as u64, Ordering::Relaxed);
         self.clean_leaf(first, node, changes)
     }
 
@@ -253,11 +272,11 @@ impl Merge<'_> {
         &mut self,
         at: Position,
         node: &mut Node,
-        changes: &[Written],
+        changes: &[Written<'_>],
         trims: &[Trimmed],
     ) -> Result<(), DiskError> {
         let below = |slot: u64| Position { level: at.level - 1, number: (at.number << FANOUT_BITS) | slot, ..at };
-        let mut touched: Vec<(u64, &[Written], &[Trimmed])> = Vec::new();
+        let mut touched: Vec<Touched<'_>> = Vec::new();
         let (mut changes, mut trims) = (changes, trims);
         for slot in 0..FANOUT as u64 {
             let (first, count) = below(slot).span();
@@ -272,14 +291,35 @@ impl Merge<'_> {
                 touched.push((slot, mine, over));
             }
         }
-        for group in touched.chunks(BATCH) {
+        let mut rest = touched.as_slice();
+        while !rest.is_empty() {
+            let (group, after) = rest.split_at(at_once(rest, at.level - 1));
+            rest = after;
             self.fetch(group.iter().map(|(slot, _, _)| (node.entry(*slot), below(*slot))));
+            if at.level == 2 {
+                self.fetch_leaves(group.iter().map(|(slot, mine, _)| (node.entry(*slot), below(*slot), *mine)));
+            }
             for (slot, mine, over) in group {
                 let child = self.fold(below(*slot), node.entry(*slot), mine, over)?;
                 node.set(*slot, child);
             }
         }
         Ok(())
+    }
+
+    /// Brings the leaves of changes into memory, below several nodes at once: where few blocks changed below each, a medium that likes
+    /// many requests gets them.
+    fn fetch_leaves<'b>(&self, parents: impl Iterator<Item = (Entry, Position, &'b [Written<'b>])>) {
+        let mut wanted = Vec::new();
+        for (entry, at, changes) in parents.filter(|(entry, ..)| !entry.is_hole()) {
+            let Ok(parent) = self.shared.load(&entry, at) else { continue };
+            for leaf in changes.chunk_by(|one, other| one.0 >> FANOUT_BITS == other.0 >> FANOUT_BITS) {
+                let Some((lba, _)) = leaf.first() else { continue };
+                let number = lba >> FANOUT_BITS;
+                wanted.push((parent.entry(number & 127), Position { level: 0, number, ..at }));
+            }
+        }
+        self.fetch(wanted.into_iter());
     }
 
     /// Brings nodes into memory, all at once. What fails here fails where it is needed.
@@ -354,7 +394,7 @@ impl Merge<'_> {
     /// Sends a sealed block to its place.
     pub(crate) fn send(&mut self, place: u64, page: Box<Page>) -> Result<(), BlockError> {
         self.out.push((place, page));
-        if self.out.len() >= BATCH { self.write_out() } else { Ok(()) }
+        if self.out.len() >= OUT { self.write_out() } else { Ok(()) }
     }
 
     pub(crate) fn write_out(&mut self) -> Result<(), BlockError> {

@@ -1,6 +1,6 @@
 //! Reads.
 
-use std::time::Instant;
+use std::{sync::atomic::Ordering::Relaxed, time::Instant};
 
 use nacre_core::{BLOCK_SIZE, BlockError, Page, ReadRequest, check_range};
 
@@ -36,7 +36,7 @@ impl Shared {
     /// Carries out reads, all together.
     pub(crate) fn read_requests(&self, requests: &mut [ReadRequest<'_>]) {
         let begin = Instant::now();
-        let size = self.lock().blocks * BLOCK;
+        let size = self.size.load(Relaxed);
         for request in requests.iter_mut() {
             request.outcome = check_range("read", request.offset, request.buffer.len() as u64, size);
             add(&self.counters.reads, 1);

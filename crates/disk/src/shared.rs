@@ -250,6 +250,10 @@ pub(crate) struct Shared {
     pub(crate) stop: std::sync::atomic::AtomicBool,
     pub(crate) fence: u64,
     pub(crate) generation: AtomicU64,
+    /// Changes of what is frozen that are in their leaves.
+    pub(crate) merged: AtomicU64,
+    /// The size of the disk in bytes, as requests are checked against it; it only grows.
+    pub(crate) size: AtomicU64,
     /// Bytes that users wrote, and that were written to the store, before this open.
     pub(crate) lifetime: (u64, u64),
 }

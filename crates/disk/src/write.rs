@@ -19,6 +19,9 @@ use crate::{
     stats::add,
 };
 
+/// How long a write that is ahead of the merge waits before it looks again.
+const PACE: Duration = Duration::from_millis(1);
+
 /// Blocks that one trim covers at most; longer ones are cut.
 const TRIM: u64 = 1 << 18;
 
@@ -46,7 +49,7 @@ impl Shared {
     pub(crate) fn write(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
         let begin = Instant::now();
         self.check_writable()?;
-        let size = self.lock().blocks * BLOCK;
+        let size = self.size.load(Relaxed);
         check_range("write", offset, data.len() as u64, size)?;
         let mut lba = offset / BLOCK;
         for part in data.chunks(BATCH * BLOCK_SIZE) {
@@ -74,11 +77,16 @@ impl Shared {
         }
         let mut log = self.room(count as u64, count)?;
         let mut full = false;
+        let mut slots = 0..0;
         for ((at, page), tag) in (0..).zip(pages).zip(tags) {
-            let Some(place) = log.allocator.take(Kind::Data) else {
-                drop(log);
-                return Err(self.fail(BlockError::NoSpace("a slot that was there is gone".into())));
-            };
+            if slots.is_empty() {
+                let Some(run) = log.allocator.take_run(Kind::Data, count as u64 - at) else {
+                    drop(log);
+                    return Err(self.fail(BlockError::NoSpace("a slot that was there is gone".into())));
+                };
+                slots = run.start..run.start + run.length;
+            }
+            let Some(place) = slots.next() else { break };
             let entry = Entry::new(place, keys.id, nonce + at, tag);
             log.delta.write(first + at, entry);
             log.changes.push(Change::write(first + at, entry));
@@ -113,6 +121,11 @@ impl Shared {
             let log = self.lock();
             let full = log.delta.len() + changes > self.limits.delta || log.delta.trimmed() > self.limits.trimmed;
             let short = log.allocator.available() < blocks + self.limits.floor;
+            if !full && !short && self.is_ahead(&log) {
+                stalled.get_or_insert_with(Instant::now);
+                drop(poison(self.changed.wait_timeout(log, PACE)));
+                continue;
+            }
             if !full && !short {
                 if log.allocator.at_hand(Kind::Data) < blocks {
                     drop(log);
@@ -142,6 +155,17 @@ impl Shared {
         }
     }
 
+    /// Whether writes are ahead of the merge of those before them: the share of the delta that they have filled is larger than the share of the
+    /// merge that is done, a quarter granted. So they slow down to what the merge can take, instead of coming to a halt at its end.
+    fn is_ahead(&self, log: &Log) -> bool {
+        let Some(frozen) = &log.frozen else { return false };
+        let (filled, limit) = (log.delta.len() as u64, self.limits.delta as u64);
+        let (merged, all) = (self.merged.load(Relaxed), frozen.delta.len() as u64);
+        // After the leaves come the bitmap and the checkpoint, a fifth of the work.
+        let granted = limit / 4 + limit / 4 * 3 * merged.min(all) / (all / 4 * 5).max(1);
+        self.options.background && filled > granted
+    }
+
     fn note_stall(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         add(&self.counters.stalls, 1);
@@ -152,7 +176,7 @@ impl Shared {
     /// Makes a range read as zeroes: its blocks become holes.
     pub(crate) fn zero(&self, offset: u64, length: u64) -> Result<(), BlockError> {
         self.check_writable()?;
-        let size = self.lock().blocks * BLOCK;
+        let size = self.size.load(Relaxed);
         check_range("trim", offset, length, size)?;
         let (mut lba, end) = (offset / BLOCK, (offset + length) / BLOCK);
         while lba < end {

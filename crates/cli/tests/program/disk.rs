@@ -126,6 +126,16 @@ fn disk_commands_end_with_the_codes_of_what_happened() {
 }
 
 #[test]
+fn a_preallocated_store_is_full_of_noise_and_becomes_a_disk_all_the_same() {
+    let disk = Disk::formatted(&["--preallocate"]);
+    let store = fs::read(disk.place.at("store")).unwrap();
+    assert!(store.chunks(4096).filter(|block| block.iter().all(|byte| *byte == 0)).count() < 8);
+    run(disk.keyed("check").arg("store"));
+    // From now on it is somebody's.
+    code(disk.keyed("format").args(["--preallocate", "--size", "32M", "store"]), 6, &["force"]);
+}
+
+#[test]
 fn a_key_may_come_from_a_descriptor_or_standard_input() {
     let disk = Disk::formatted(&[]);
     let key = fs::File::open(disk.place.at("key")).unwrap();

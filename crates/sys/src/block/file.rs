@@ -199,8 +199,9 @@ impl FileStore {
 
     /// Writes through aligned memory.
     fn write_bounced(&self, mut offset: u64, buffers: &[&[u8]]) -> io::Result<()> {
+        let all = buffers.iter().map(|buffer| buffer.len() / BLOCK_SIZE).sum::<usize>();
         let mut blocks = buffers.iter().flat_map(|buffer| buffer.chunks(BLOCK_SIZE)).peekable();
-        let mut pages = vec![*Page::zeroed(); BOUNCE_BLOCKS];
+        let mut pages = vec![*Page::zeroed(); all.min(BOUNCE_BLOCKS)];
         while blocks.peek().is_some() {
             let mut count = 0;
             for (page, block) in pages.iter_mut().zip(blocks.by_ref().take(BOUNCE_BLOCKS)) {
@@ -263,9 +264,6 @@ impl FileStore {
         Ok(false)
     }
 }
-
-/// So many writes go one after the other: waking up for the answers of a ring costs more than they do.
-const FEW: usize = 3;
 
 impl BlockStore for FileStore {
     fn size(&self) -> u64 {
@@ -416,7 +414,7 @@ impl BlockStore for FileStore {
         }
         match &self.way.rings {
             // Through the page cache a write is a copy, which nothing makes faster.
-            Some(rings) if requests.len() > FEW && self.way.direct.is_some() => self.write_together(rings, requests),
+            Some(rings) if requests.len() > 1 && self.way.direct.is_some() => self.write_together(rings, requests),
             _ => requests.iter().try_for_each(|request| {
                 self.write_one(request.offset, &request.buffers)
                     .map_err(|error| self.error("write", request.offset, request.length(), error))

@@ -1,38 +1,35 @@
 //! Many transfers in flight at once, by io_uring.
 //!
-//! A ring belongs to one call while it works and goes back to the idle ones after it, so calls of several threads do not wait for each
-//! other. What is in flight borrows its caller's memory: a call does not return, and does not unwind, before the kernel has let go of
-//! all of it.
+//! Every thread has a ring of its own, so calls of several threads do not wait for each other, and the kernel delivers completions only when
+//! their one reader asks for them: two writes and the wait for both cost little more than one write. What is in flight borrows its caller's
+//! memory: a call does not return, and does not unwind, before the kernel has let go of all of it.
 
-use std::{
-    io,
-    sync::{Mutex, PoisonError},
-    thread,
-    time::Duration,
-};
+use std::{cell::Cell, io, thread, time::Duration};
 
-use io_uring::IoUring;
+use io_uring::{EnterFlags, IoUring};
 
 use super::job::Job;
 
 /// Transfers that one call has in flight; more wait their turn. Disks take no more at once either.
 const DEPTH: u32 = 128;
 
-/// Rings that are kept for later calls. A call that finds none makes one.
-const MAX_IDLE: usize = 8;
-
-/// The rings of one store.
-pub(super) struct Rings {
-    idle: Mutex<Vec<IoUring>>,
+thread_local! {
+    /// The ring of this thread, when no call uses it.
+    static RING: Cell<Option<IoUring>> = const { Cell::new(None) };
 }
 
+/// Says that there is io_uring here.
+pub(super) struct Rings(());
+
 impl Rings {
-    /// Makes the first ring.
+    /// Makes this thread's ring.
     ///
     /// # Errors
     /// The kernel has no io_uring, or this process may not use it (containers often forbid it).
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { idle: Mutex::new(vec![build()?]) })
+        let ring = RING.take().map_or_else(build, Ok)?;
+        RING.set(Some(ring));
+        Ok(Self(()))
     }
 
     /// Carries out all `jobs`, each with an outcome of its own.
@@ -40,22 +37,23 @@ impl Rings {
     /// # Errors
     /// The ring failed as a whole: jobs that are not over were not carried out.
     pub(super) fn run(&self, jobs: &mut [Job<'_>]) -> io::Result<()> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut ring = idle.map_or_else(build, Ok)?;
+        let mut ring = RING.take().map_or_else(build, Ok)?;
         // A ring that failed is dropped: entries that the kernel has not taken from it go with it.
         Flight { ring: &mut ring, flying: 0 }.run(jobs)?;
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < MAX_IDLE {
-            idle.push(ring);
-        }
+        RING.set(Some(ring));
         Ok(())
     }
 }
 
 fn build() -> io::Result<IoUring> {
-    // Completions are only looked at by who waits for them, so nobody has to be interrupted (Linux 5.19; older ones go without).
-    match IoUring::builder().setup_coop_taskrun().build(DEPTH) {
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => IoUring::new(DEPTH),
+    let old = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
+    // A ring has one thread, which looks at completions only when it waits for them (Linux 6.1; from 5.19 on at least nobody has to be
+    // interrupted for them; older ones go without).
+    match IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH) {
+        Err(error) if old(&error) => match IoUring::builder().setup_coop_taskrun().build(DEPTH) {
+            Err(error) if old(&error) => IoUring::new(DEPTH),
+            result => result,
+        },
         result => result,
     }
 }
@@ -122,7 +120,12 @@ impl Drop for Flight<'_> {
             if self.flying <= self.ring.submission().len() {
                 return;
             }
-            thread::sleep(Duration::from_millis(1));
+            // SAFETY: nothing is submitted and no argument is passed: this only waits for a completion.
+            #[expect(unsafe_code, reason = "the plain call by which nothing is submitted")]
+            let waited = unsafe { self.ring.submitter().enter::<()>(0, 1, EnterFlags::GETEVENTS.bits(), None) };
+            if waited.is_err() {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }

@@ -29,13 +29,14 @@ pub(super) fn format(global: &Global, args: &FormatArgs) -> anyhow::Result<()> {
     let root = Source::from(&args.key).read(global)?;
     let spec = &args.anchor.anchor;
     let anchor = key::anchor(spec, &root)?;
+    let new = name.is_new()?;
     let options = FormatOptions {
         size: args.size.map(|size| size.0),
         reserve_percent: args.reserve,
         force: args.force,
+        fresh_store: new,
         ..FormatOptions::default()
     };
-    let new = name.is_new()?;
     let store = match new {
         true => {
             if options.size.is_none() {
