@@ -36,11 +36,16 @@ impl Cache {
     }
 
     pub(crate) fn get(&self, version: Version) -> Option<Arc<Node>> {
+        self.look(version, Arc::clone)
+    }
+
+    /// What `look` sees in a node, without taking a share of it.
+    pub(crate) fn look<T>(&self, version: Version, look: impl FnOnce(&Arc<Node>) -> T) -> Option<T> {
         let mut shard = poison(self.shard(version).lock());
         let slot = *shard.map.get(&version)?;
         let (_, node, used) = shard.slots.get_mut(slot)?;
         *used = true;
-        Some(Arc::clone(node))
+        Some(look(node))
     }
 
     pub(crate) fn put(&self, version: Version, node: Arc<Node>) {

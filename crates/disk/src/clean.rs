@@ -108,12 +108,7 @@ impl Shared {
 
 impl Merge<'_> {
     /// Moves the blocks of a leaf that are to move. `changes` were written just now, and stay.
-    pub(crate) fn clean_leaf(
-        &mut self,
-        first: u64,
-        node: &mut Node,
-        changes: &[Written<'_>],
-    ) -> Result<(), DiskError> {
+    pub(crate) fn clean_leaf(&mut self, first: u64, node: &mut Node, changes: &[Written<'_>]) -> Result<(), DiskError> {
         if self.cleaning.budget == 0 || (self.cleaning.victims.is_empty() && self.cleaning.retire == 0) {
             return Ok(());
         }

@@ -152,8 +152,17 @@ impl Shared {
                 break;
             }
             let shift = FANOUT_BITS * u32::from(level);
-            let position = Position { tree, level, number: key >> shift >> FANOUT_BITS };
-            entry = self.load(&entry, position)?.entry((key >> shift) & 127);
+            let slot = (key >> shift) & 127;
+            entry = match self.cache.look(entry.version(), |node| node.entry(slot)) {
+                Some(below) => {
+                    add(&self.counters.cache_hits, 1);
+                    below
+                }
+                None => {
+                    let position = Position { tree, level, number: key >> shift >> FANOUT_BITS };
+                    self.load(&entry, position)?.entry(slot)
+                }
+            };
         }
         Ok(entry)
     }

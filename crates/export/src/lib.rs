@@ -26,6 +26,17 @@ pub trait FrontEnd: Send {
     /// What could not be taken away, with what uses it, or not be flushed.
     fn stop(self: Box<Self>) -> std::io::Result<()>;
 
+    /// Whether the front end has ended by itself, as [`wait`](Self::wait) would find.
+    fn has_ended(&self) -> bool;
+
+    /// Makes the device as large as the store is by now. Servers need none: whoever connects from now on is told the new size.
+    ///
+    /// # Errors
+    /// The device keeps its size until it is made anew.
+    fn resized(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     /// Waits until the front end ends by itself: unmounted, disconnected for good, its device deleted.
     ///
     /// # Errors

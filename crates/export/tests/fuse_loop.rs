@@ -339,7 +339,9 @@ fn a_detached_device_ends_the_wait() {
         std::thread::sleep(Duration::from_millis(100));
         sh(&format!("losetup -d {device}"));
     });
+    assert!(!setup.front_end.as_ref().unwrap().has_ended());
     setup.front_end.as_mut().unwrap().wait().unwrap();
+    assert!(setup.front_end.as_ref().unwrap().has_ended());
     detach.join().unwrap();
     setup.stop();
 }

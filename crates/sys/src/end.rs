@@ -24,6 +24,27 @@ impl EndSignals {
         if code == 0 { Ok(Self { set }) } else { Err(std::io::Error::from_raw_os_error(code)) }
     }
 
+    /// Waits for one of them, so long; whether one came.
+    ///
+    /// # Errors
+    /// The system's answer.
+    pub fn wait_for(&self, time: std::time::Duration) -> std::io::Result<bool> {
+        let time = libc::timespec {
+            tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        };
+        // SAFETY: both pointers are to live values of the types that sigtimedwait takes; it is told that nobody wants to know more.
+        #[expect(unsafe_code, reason = "rustix leaves signal masks to libc")]
+        let signal = unsafe { libc::sigtimedwait(&self.set, std::ptr::null_mut(), &time) };
+        if signal >= 0 {
+            return Ok(true);
+        }
+        match std::io::Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(false),
+            error => Err(error),
+        }
+    }
+
     /// Waits for one of them.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ use crate::blockdev;
 
 const CONTROL: &str = "/dev/loop-control";
 const LOOP_CLR_FD: u32 = 0x4c01;
+const LOOP_SET_CAPACITY: u32 = 0x4c07;
 const LOOP_CONFIGURE: u32 = 0x4c0a;
 const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 
@@ -191,6 +192,19 @@ impl LoopDevice {
             io::Error::new(io::ErrorKind::ResourceBusy, text)
         })?;
         written.map_err(|error| at(&self.path, error))
+    }
+
+    /// Makes the device as large as its file is by now, as far as the kernel knows that.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn follow_size(&self) -> io::Result<()> {
+        let device = File::open(&self.path).map_err(|error| at(&self.path, error))?;
+        // SAFETY: LOOP_SET_CAPACITY takes no argument.
+        #[expect(unsafe_code, reason = "rustix knows no ioctl of loop devices")]
+        let followed =
+            unsafe { ioctl::ioctl(&device, IntegerSetter::<{ LOOP_SET_CAPACITY as ioctl::Opcode }>::new_usize(0)) };
+        followed.map_err(|error| at(&self.path, error.into()))
     }
 
     fn system(&self) -> PathBuf {

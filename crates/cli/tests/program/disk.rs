@@ -344,3 +344,33 @@ fn an_opened_disk_is_a_device_until_it_is_closed() {
     run(disk.keyed("check").arg("store"));
     assert!(fs::read_dir(disk.place.at("run/disks")).unwrap().next().is_none(), "nothing is left");
 }
+
+#[test]
+fn a_device_grows_with_its_disk_and_may_be_taken_away_from_outside() {
+    if !root() || !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
+        return nacre_testkit::skip("there is neither FUSE nor a loop device to be had");
+    }
+    let disk = Disk::formatted(&[]);
+    let output = disk.keyed("open").args(["--device", "fuse", "store"]).output().unwrap();
+    if !output.status.success() {
+        return nacre_testkit::skip(&said(&output));
+    }
+    let device = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+    run(disk.nacre("grow").args(["--size", "48M", &device]));
+    let size = || run(Command::new("blockdev").args(["--getsize64", &device])).stdout;
+    wait_until("the device to grow", || size() == b"50331648\n");
+    run(Command::new("losetup").args(["-d", &device]));
+    wait_until("the disk to be closed", || !disk.nacre("info").arg("store").output().unwrap().status.success());
+    wait_until("its place to be free", || fs::read_dir(disk.place.at("run/disks")).unwrap().next().is_none());
+    let info = run(disk.keyed("info").args(["--json", "store"])).stdout;
+    let info: Value = serde_json::from_slice(&info).unwrap();
+    assert_eq!((&info["clean"], &info["size"]), (&Value::from(true), &Value::from(48 << 20)));
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "waited for {what}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -109,6 +109,16 @@ impl FrontEnd for FuseLoop {
         self.shut_down()
     }
 
+    fn has_ended(&self) -> bool {
+        self.openings.are_over()
+    }
+
+    fn resized(&self) -> io::Result<()> {
+        // The kernel learns the file's size when it asks for it.
+        fs::metadata(self.served.run.file())?;
+        self.device.follow_size()
+    }
+
     fn wait(&mut self) -> io::Result<()> {
         self.openings.wait_for_last_close();
         Ok(())

@@ -70,6 +70,12 @@ struct State {
     ended: bool,
 }
 
+impl State {
+    fn is_over(&self) -> bool {
+        self.open == 0 || self.ended
+    }
+}
+
 impl Openings {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -88,9 +94,14 @@ impl Openings {
     /// Waits until nobody has the file open; it is open now.
     pub(super) fn wait_for_last_close(&self) {
         let mut state = self.state();
-        while state.open > 0 && !state.ended {
+        while !state.is_over() {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether nobody has the file open any more, which was open once.
+    pub(super) fn are_over(&self) -> bool {
+        self.state().is_over()
     }
 }
 

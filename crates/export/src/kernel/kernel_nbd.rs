@@ -99,6 +99,15 @@ impl FrontEnd for KernelNbd {
         self.shut_down()
     }
 
+    fn has_ended(&self) -> bool {
+        self.device.as_ref().is_none_or(NbdDevice::has_ended)
+    }
+
+    fn resized(&self) -> io::Result<()> {
+        let what = "a device of the kernel's NBD client keeps its size until the disk is opened again";
+        Err(io::Error::new(io::ErrorKind::Unsupported, what))
+    }
+
     fn wait(&mut self) -> io::Result<()> {
         self.device.as_mut().map_or(Ok(()), NbdDevice::wait)
     }

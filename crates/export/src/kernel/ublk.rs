@@ -166,6 +166,15 @@ impl FrontEnd for Ublk {
         self.shut_down()
     }
 
+    fn has_ended(&self) -> bool {
+        *self.living.count() == 0
+    }
+
+    fn resized(&self) -> io::Result<()> {
+        let what = "a ublk device keeps its size until the disk is opened again";
+        Err(io::Error::new(io::ErrorKind::Unsupported, what))
+    }
+
     fn wait(&mut self) -> io::Result<()> {
         self.living.wait_for_none();
         Ok(())

@@ -202,11 +202,14 @@ impl Batch {
         }
     }
 
-    /// Whether the socket stays with the thread that carries this out: nothing but small writes, which a store takes without waiting
-    /// for its medium, as far as it can; or so much data that there are to be no more in memory.
-    pub(super) fn keeps_socket(&self) -> bool {
+    /// Whether the socket stays with the thread that carries this out: nothing that is worth the handing over, or so much data that there are to
+    /// be no more in memory. Of a slow store that is small writes, which it takes without waiting for its medium, as far as it can. Of a
+    /// fast one it is all but large writes: those take as long to be received as to be carried out, so two threads share them.
+    pub(super) fn keeps_socket(&self, slow: bool) -> bool {
+        let small = |item: &Item| item.request.payload() <= SMALL;
         let quick = |item: &Item| {
-            item.request.command == Command::Write && !item.request.is_fua() && item.request.payload() <= SMALL
+            let waits = item.request.command != Command::Write || item.request.is_fua();
+            small(item) && !(slow && waits)
         };
         let moves = |item: &Item| matches!(item.request.command, Command::Read | Command::Write);
         let bytes =

@@ -17,10 +17,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{
     NbdError, NbdSettings,
-    batch::{End, Inbox},
+    batch::End,
     handshake::{HandshakeError, Offer, is_name, negotiate},
     listen::Listener,
-    session::{Session, Shared},
+    session::{Session, Shared, Turns},
     transport::{Socket, SocketChannel, lock},
     wire::{Terms, transmission},
 };
@@ -137,6 +137,10 @@ impl FrontEnd for NbdServer {
         ended
     }
 
+    fn has_ended(&self) -> bool {
+        self.acceptor.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     fn wait(&mut self) -> io::Result<()> {
         self.acceptor.take().map_or(Ok(()), join)
     }
@@ -242,7 +246,7 @@ fn serve(inner: &Inner, socket: Socket) -> Result<(), ConnectionError> {
         shared: inner.shared.clone(),
         transport: channel.into_transport()?,
         terms: Terms { size: offer.size, read_only: settings.read_only, structured: agreed.structured },
-        inbox: Mutex::new(Inbox::default()),
+        inbox: Turns::new(),
     };
     Ok(session.run()?)
 }

@@ -1,14 +1,15 @@
 //! The transmission phase: requests in, replies out.
 //!
-//! A thread takes a batch of requests from the socket, carries it out and sends the replies, with no other thread in between. Where the
-//! store is slow, several threads do so in turns: as soon as one has its batch, the next may read, so that a read that takes long holds
-//! nothing up that came after it. Of the requests that are in flight at the same time NBD wants no order; a flush covers the
+//! A thread takes a batch of requests from the socket, carries it out and sends the replies, with no other thread in between. Several
+//! threads do so in turns where that pays: as soon as one has its batch, the next may read, so that a read that takes long holds
+//! nothing up that came after it, and large writes are received while others are carried out. Of the requests that are in flight at the same time NBD wants no order; a flush covers the
 //! writes that were answered before it came.
 
 use std::{
-    io,
+    io, mem,
+    ops::{Deref, DerefMut},
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -30,6 +31,8 @@ use crate::{
 /// Threads of a connection to a store that is slow. With what each of them keeps and one request of 32 MiB, a connection takes at most
 /// 66 MiB.
 const SLOW_THREADS: usize = 4;
+/// Threads of a connection to a store that is fast: one receives a large write while the other carries one out.
+const FAST_THREADS: usize = 2;
 /// Bytes of zeroes that are written before it is looked whether the server is to end.
 const ZEROES: u64 = 64 << 20;
 
@@ -47,14 +50,14 @@ pub(super) struct Session {
     pub(super) shared: Arc<Shared>,
     pub(super) transport: Transport,
     pub(super) terms: Terms,
-    pub(super) inbox: Mutex<Inbox>,
+    pub(super) inbox: Turns,
 }
 
 impl Session {
     /// Serves until the client goes, or the server ends.
     pub(super) fn run(&self) -> Result<(), End> {
         let store = self.shared.sectors.store();
-        let threads = if store.is_slow() { SLOW_THREADS } else { 1 };
+        let threads = if store.is_slow() { SLOW_THREADS } else { FAST_THREADS };
         let end = thread::scope(|scope| {
             let thread = || thread::Builder::new().name("nbd".into()).spawn_scoped(scope, || self.work());
             let others: Vec<_> = (1..threads).map_while(|_| thread().ok()).collect();
@@ -72,19 +75,20 @@ impl Session {
     fn work(&self) -> Result<(), End> {
         let mut worker = Worker { session: self, replies: Replies::default(), pages: PageBuffer::default() };
         let mut batch = Batch::default();
+        let mut kept = None;
+        let slow = self.shared.sectors.store().is_slow();
         let _closing = CloseOnPanic(self);
         loop {
-            let mut inbox = lock(&self.inbox);
+            let mut inbox = kept.take().unwrap_or_else(|| self.inbox.take());
             if inbox.ended || self.shared.stopping.load(Ordering::Acquire) {
                 return Ok(());
             }
             let end = batch.receive(&mut inbox, &self.transport);
             // Handing the socket over wakes a thread, which is more work than quick writes are.
-            let inbox = batch.keeps_socket().then_some(inbox);
+            kept = batch.keeps_socket(slow).then_some(inbox);
             let sent = worker.carry_out(&batch);
             batch.shrink();
             worker.pages.shrink(KEPT);
-            drop(inbox);
             if let Err(error) = sent {
                 // The thread that waits for requests is to end too.
                 self.transport.close();
@@ -96,6 +100,57 @@ impl Session {
                 None => {}
             }
         }
+    }
+}
+
+/// Whose turn it is to read: one thread has the inbox, and the others wait until it is handed over.
+pub(super) struct Turns {
+    /// `None` while a thread has it.
+    inbox: Mutex<Option<Inbox>>,
+    handed_over: Condvar,
+}
+
+impl Turns {
+    pub(super) fn new() -> Self {
+        Self { inbox: Mutex::new(Some(Inbox::default())), handed_over: Condvar::new() }
+    }
+
+    /// Waits for the inbox; it is handed over when this is dropped.
+    fn take(&self) -> Turn<'_> {
+        let mut waiting = lock(&self.inbox);
+        loop {
+            match waiting.take() {
+                Some(inbox) => return Turn { turns: self, inbox },
+                None => waiting = self.handed_over.wait(waiting).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// The inbox, of the thread whose turn it is.
+struct Turn<'a> {
+    turns: &'a Turns,
+    inbox: Inbox,
+}
+
+impl Deref for Turn<'_> {
+    type Target = Inbox;
+
+    fn deref(&self) -> &Inbox {
+        &self.inbox
+    }
+}
+
+impl DerefMut for Turn<'_> {
+    fn deref_mut(&mut self) -> &mut Inbox {
+        &mut self.inbox
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.turns.inbox) = Some(mem::take(&mut self.inbox));
+        self.turns.handed_over.notify_one();
     }
 }
 

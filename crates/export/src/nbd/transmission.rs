@@ -3,14 +3,13 @@
 use std::{
     io,
     os::unix::net::UnixStream,
-    sync::{Arc, Mutex, atomic::AtomicBool},
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use nacre_core::BlockError;
 
 use super::{
-    batch::Inbox,
-    session::{Session, Shared},
+    session::{Session, Shared, Turns},
     transport::{Socket, SocketChannel},
     wire::{Terms, transmission},
 };
@@ -49,7 +48,7 @@ impl Transmission {
             // The time is for handshakes only.
             transport: SocketChannel::new(socket, None, NbdSettings::HANDSHAKE_TIME).into_transport()?,
             terms: Terms { size: self.shared.sectors.store().size(), read_only: self.read_only, structured: false },
-            inbox: Mutex::new(Inbox::default()),
+            inbox: Turns::new(),
         };
         session.run().map_err(io::Error::other)
     }

@@ -1,9 +1,12 @@
 //! A disk that this process runs, until it is told to end: by a signal, or by `close`.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-    mpsc,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -29,6 +32,9 @@ use crate::{
     },
     exit::InUse,
 };
+
+/// How often it is looked whether the device is still there, and as large as the disk.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// A front end that was started.
 pub(super) struct Started {
@@ -69,8 +75,22 @@ pub(super) fn run(
     }
     slot.announce(&record)?;
     ready(&record.devices, &slot)?;
+    let mut size = disk.size();
     loop {
-        end.wait()?;
+        if !end.wait_for(LOOK)? && !front_end.has_ended() {
+            let now = disk.size();
+            if now != size
+                && let Err(error) = front_end.resized()
+            {
+                tracing::warn!(%error, "the disk has grown to {now} bytes, and its device has not");
+            }
+            size = now;
+            continue;
+        }
+        if front_end.has_ended() {
+            tracing::warn!("{} was taken away; the disk is closed", record.devices.join(", "));
+            break;
+        }
         match users(&record.devices).as_slice() {
             [] => break,
             // Whoever has it mounted would lose what is not written yet.
