@@ -1,10 +1,10 @@
 //! A disk that cannot be opened is never answered by a new one.
 
 use nacre_core::BlockStore as _;
-use nacre_disk::{DiskError, rotate};
+use nacre_disk::{Disk, DiskError, FormatOptions, OpenOptions, RootKey, format, rotate, store_size_for};
 use nacre_testkit::{
     Rng,
-    sim::{Event, Fate, Model, SimStore},
+    sim::{Event, Fate, Model, SimStore, seed},
 };
 
 use crate::rig::{Medium, Rig, Setup};
@@ -140,4 +140,32 @@ fn another_key_does_not_open_it() {
     let other = Setup { key: [8; 32], ..setup };
     let error = other.open(&medium).err();
     assert!(matches!(error, Some(DiskError::WrongKey { .. })), "{error:?}");
+}
+
+#[test]
+fn a_store_that_was_filled_with_noise_for_a_disk_becomes_one() {
+    let options = FormatOptions { size: Some(16 << 20), ..FormatOptions::default() };
+    let bytes = store_size_for(&options).unwrap();
+    let (key, rng) = (RootKey::random(), &mut Rng::new(seed(92)));
+    let store = SimStore::new(bytes);
+    let mut noise = vec![0; usize::try_from(bytes).unwrap()];
+    rng.fill(&mut noise);
+    store.write_at(0, &noise).unwrap();
+    // It may be somebody's, unless one knows that it is not.
+    assert!(matches!(format(&*store, &key, None, &options), Err(DiskError::NotEmpty { .. })));
+    let fresh = FormatOptions { fresh_store: true, ..options.clone() };
+    format(&*store, &key, None, &fresh).unwrap();
+    let disk = Disk::open(store.clone(), &key, None, &OpenOptions::default()).unwrap();
+    assert_eq!(disk.info().warnings, Vec::<String>::new());
+    disk.write_at(8192, &noise[..8192]).unwrap();
+    drop(disk); // a crash
+    let disk = Disk::open(store, &key, None, &OpenOptions::default()).unwrap();
+    let mut block = [1; 4096];
+    disk.read_at(0, &mut block).unwrap();
+    assert_eq!(block, [0; 4096]);
+
+    // What reads as zeroes already is not written: a sparse store stays sparse.
+    let sparse = SimStore::new(bytes);
+    format(&*sparse, &key, None, &options).unwrap();
+    assert!(sparse.counts().blocks_written < 64, "{} blocks were written", sparse.counts().blocks_written);
 }
