@@ -21,6 +21,9 @@ use crate::{
     stats::add,
 };
 
+/// A record as it is written.
+type Pages = Vec<Box<Page>>;
+
 /// A commit that is to be written.
 struct Plan {
     changes: Vec<Change>,
@@ -187,7 +190,7 @@ impl Shared {
     }
 
     /// The records of a commit, in pages, which direct I/O takes as they are; and the chain after it.
-    fn records(&self, plan: &Plan) -> Result<(Vec<Vec<Box<Page>>>, [u8; 32]), DiskError> {
+    fn records(&self, plan: &Plan) -> Result<(Vec<Pages>, [u8; 32]), DiskError> {
         let mut chain = plan.chain;
         let mut records = Vec::with_capacity(plan.positions.len());
         if plan.changes.is_empty() {

@@ -129,7 +129,8 @@ fn disk_commands_end_with_the_codes_of_what_happened() {
 fn a_preallocated_store_is_full_of_noise_and_becomes_a_disk_all_the_same() {
     let disk = Disk::formatted(&["--preallocate"]);
     let store = fs::read(disk.place.at("store")).unwrap();
-    assert!(store.chunks(4096).filter(|block| block.iter().all(|byte| *byte == 0)).count() < 8);
+    let zeroes = store.chunks(4096).filter(|block| block.iter().all(|byte| *byte == 0)).count();
+    assert!(zeroes < 128, "{zeroes} blocks of {} are zeroes, more than the journal has", store.len() / 4096);
     run(disk.keyed("check").arg("store"));
     // From now on it is somebody's.
     code(disk.keyed("format").args(["--preallocate", "--size", "32M", "store"]), 6, &["force"]);
@@ -181,6 +182,30 @@ fn a_served_disk_is_shown_grown_measured_and_closed() {
     let checked = run(disk.keyed("check").args(["--json", "--anchor", "file:anchor", "store"])).stdout;
     let checked: Value = serde_json::from_slice(&checked).unwrap();
     assert_eq!(checked["data_blocks"], 1024);
+}
+
+#[test]
+fn a_disk_is_served_over_tls_and_to_nobody_without() {
+    let Some(tls) = nacre_testkit::Tls::new() else { return };
+    let (Some(nbdcopy), Some(nbdinfo)) = (require("nbdcopy"), require("nbdinfo")) else { return };
+    let disk = Disk::formatted(&[]);
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let (certificate, key) = (path(&tls.certificate()), path(&tls.key()));
+    let server = disk.serve(&["--listen", "127.0.0.1:0", "--tls-cert", &certificate, "--tls-key", &key]);
+    let devices = disk.info("store")["devices"].clone();
+    let mut uris = devices.as_array().unwrap().iter().filter_map(Value::as_str);
+    let uri = uris.find(|uri| uri.starts_with("nbds://")).unwrap();
+    fs::create_dir(disk.place.at("certificates")).unwrap();
+    fs::copy(tls.ca(), disk.place.at("certificates/ca-cert.pem")).unwrap();
+    let secure = format!("{uri}?tls-certificates=certificates");
+    let data: Vec<u8> = (0..1_u32 << 20).flat_map(u32::to_le_bytes).collect();
+    disk.place.write("data", &data);
+    run(disk.place.program(&nbdcopy).args(["--flush", "data", &secure]));
+    run(disk.place.program(&nbdcopy).args([&secure, "back"]));
+    assert!(fs::read(disk.place.at("back")).unwrap()[..data.len()] == data);
+    let plain = uri.replace("nbds://", "nbd://");
+    assert!(!disk.place.program(&nbdinfo).arg(plain).output().unwrap().status.success());
+    drop(server);
 }
 
 fn get(address: &str) -> String {

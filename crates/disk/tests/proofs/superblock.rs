@@ -105,7 +105,7 @@ fn formatting_refuses_what_is_not_empty_unless_it_is_forced() {
     let format = |store: &SimStore, force| {
         let mut options = setup.format_options();
         options.force = force;
-        nacre_disk::format(store, &setup.key(), None, &options)
+        format(store, &setup.key(), None, &options)
     };
     let store = SimStore::of(medium.image.clone());
     let error = format(&store, false).err();

@@ -37,7 +37,6 @@ const FILE: INodeNo = INodeNo(2);
 const IN_FLIGHT: u16 = 128;
 /// Attributes are asked for each time: the size grows, and nobody asks often.
 const NO_TIME: Duration = Duration::ZERO;
-const FOREVER: Duration = Duration::from_secs(1 << 30);
 /// A read that is longer than this is answered in part, which the kernel knows how to handle; its requests are of 1 MiB.
 const MAX_READ: u32 = 16 << 20;
 /// What a thread keeps of its buffer from read to read.
@@ -214,7 +213,7 @@ impl Filesystem for DiskFile {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.attributes(FILE).filter(|_| parent == ROOT && name == NAME) {
-            Some(attributes) => reply.entry(&FOREVER, &attributes, Generation(0)),
+            Some(attributes) => reply.entry(&NO_TIME, &attributes, Generation(0)),
             None => reply.error(Errno::ENOENT),
         }
     }

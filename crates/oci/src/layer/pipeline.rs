@@ -227,6 +227,8 @@ fn decompress(
             give_up.store(true, Ordering::Relaxed);
             Err(LayerError::Limit { digest, source })
         }
+        // The reader stopped early since unpacking failed: that the blob ends in the middle is a consequence.
+        Err(DecompressError::Corrupt(_)) if give_up.load(Ordering::Relaxed) => Ok(None),
         Err(DecompressError::Corrupt(reason)) => {
             blob.drain();
             let format = if plan.layer_type.compression == Compression::Gzip { "gzip" } else { "zstd" };

@@ -66,7 +66,9 @@ fn grow(global: &Global, args: &GrowArgs) -> anyhow::Result<()> {
     match running {
         Some((record, socket)) => {
             control::ask(&socket, Request::Grow { size: args.size.0 })?;
-            if record.devices.iter().any(|device| device.starts_with("/dev/")) {
+            // Loop devices grow as well.
+            let stays = |device: &String| device.starts_with("/dev/") && !device.starts_with("/dev/loop");
+            if record.devices.iter().any(stays) {
                 let note = "the disk has grown; its device keeps its size until the disk is opened again";
                 Setup::new(global, false)?.progress.note(note);
             }
