@@ -369,6 +369,12 @@ impl Worker {
             (State::Either(old, new), [name]) if name == old || name == new => name,
             (State::Going(old), [name]) if name == old => name,
             (State::Going(_), []) => return None,
+            // Its removal was under way: it comes back as those do that are gone.
+            (State::Going(_), [name]) if self.revives && *name == format!("{number}.new") => {
+                self.compare(number, name, "removed");
+                fs::remove_file(self.directory.join(name)).unwrap();
+                return None;
+            }
             (State::Anything, _) => {
                 names.iter().for_each(|name| fs::remove_file(self.directory.join(name)).unwrap());
                 return None;
