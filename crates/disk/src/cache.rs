@@ -30,6 +30,11 @@ impl Cache {
         Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), capacity: (nodes / SHARDS).max(4) }
     }
 
+    /// Nodes that it holds at most.
+    pub(crate) fn nodes(&self) -> usize {
+        self.capacity * SHARDS
+    }
+
     fn shard(&self, version: Version) -> &Mutex<Shard> {
         let mixed = version.1 ^ (version.1 >> 7) ^ u64::from(version.0);
         &self.shards[usize::try_from(mixed).unwrap_or(0) % SHARDS]

@@ -187,8 +187,9 @@ fn erase_journal(store: &dyn BlockStore, geometry: &Geometry) -> Result<(), Disk
     while block < end {
         let count = (end - block).min(PIECE);
         let mut piece = vec![0; usize::try_from(count * BLOCK).unwrap_or(0)];
-        store.read_at(block * BLOCK, &mut piece)?;
-        let used = (block..).zip(piece.chunks(BLOCK_SIZE)).filter(|(_, bytes)| *bytes != zeroes.0);
+        // What cannot be read has to be written first: a device with checksums of its own may be like that when it is new.
+        let unread = store.read_at(block * BLOCK, &mut piece).is_err();
+        let used = (block..).zip(piece.chunks(BLOCK_SIZE)).filter(|(_, bytes)| unread || *bytes != zeroes.0);
         store.write_many(&runs(used.map(|(block, _)| (block, &*zeroes))))?;
         block += count;
     }

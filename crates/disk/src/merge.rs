@@ -175,11 +175,11 @@ impl Shared {
 type Touched<'b> = (u64, &'b [Written<'b>], &'b [Trimmed]);
 
 /// How many of some children of a level are folded together: not more than a batch, nor more than have so many leaves to be read.
-fn at_once(children: &[Touched<'_>], level: u8) -> usize {
+fn at_once(children: &[Touched<'_>], level: u8, most: usize) -> usize {
     let mut leaves = 0;
     let fits = |(_, mine, _): &&Touched<'_>| {
         leaves += if level == 1 { mine.len().min(FANOUT) } else { 0 };
-        leaves <= AHEAD
+        leaves <= most
     };
     children.iter().take(BATCH).take_while(fits).count().max(1)
 }
@@ -291,9 +291,11 @@ impl Merge<'_> {
                 touched.push((slot, mine, over));
             }
         }
+        // What is read ahead has to stay in memory until its turn comes.
+        let ahead = AHEAD.min(self.shared.cache.nodes() / 2);
         let mut rest = touched.as_slice();
         while !rest.is_empty() {
-            let (group, after) = rest.split_at(at_once(rest, at.level - 1));
+            let (group, after) = rest.split_at(at_once(rest, at.level - 1, ahead));
             rest = after;
             self.fetch(group.iter().map(|(slot, _, _)| (node.entry(*slot), below(*slot))));
             if at.level == 2 {

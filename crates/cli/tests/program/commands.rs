@@ -13,7 +13,9 @@ use crate::support::{Place, runnable, said};
 
 const TRUSTING: [&str; 2] = ["--insecure-policy", "--allow-unsigned"];
 
-fn code(command: &mut Command, code: i32, words: &[&str]) -> Output {
+/// A command ends with this code, and says these words.
+#[track_caller]
+pub(crate) fn code(command: &mut Command, code: i32, words: &[&str]) -> Output {
     let output = command.output().unwrap();
     let said = said(&output);
     assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");

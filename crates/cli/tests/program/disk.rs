@@ -5,7 +5,7 @@ use std::{
     io::{Read as _, Seek as _, SeekFrom, Write as _},
     net::TcpStream,
     path::Path,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +13,10 @@ use std::{
 use nacre_testkit::{require, root, run};
 use serde_json::Value;
 
-use crate::support::{Place, said};
+use crate::{
+    commands::code,
+    support::{Place, said},
+};
 
 /// A place with a key and a disk.
 struct Disk {
@@ -75,17 +78,6 @@ impl Disk {
     fn info(&self, what: &str) -> Value {
         serde_json::from_slice(&run(self.nacre("info").args(["--json", what])).stdout).unwrap()
     }
-}
-
-#[track_caller]
-fn code(command: &mut Command, code: i32, words: &[&str]) -> Output {
-    let output = command.output().unwrap();
-    let said = said(&output);
-    assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");
-    for word in words {
-        assert!(said.contains(word), "'{word}' is not in: {said}");
-    }
-    output
 }
 
 const URI: &str = "nbd+unix:///?socket=socket";

@@ -2,8 +2,8 @@
 //!
 //! A thread takes a batch of requests from the socket, carries it out and sends the replies, with no other thread in between. Several
 //! threads do so in turns where that pays: as soon as one has its batch, the next may read, so that a read that takes long holds
-//! nothing up that came after it, and large writes are received while others are carried out. Of the requests that are in flight at the same time NBD wants no order; a flush covers the
-//! writes that were answered before it came.
+//! nothing up that came after it, and large writes are received while others are carried out. Of the requests that are in flight at the
+//! same time NBD wants no order; a flush covers the writes that were answered before it came.
 
 use std::{
     io, mem,

@@ -34,7 +34,8 @@ pub(super) fn format(global: &Global, args: &FormatArgs) -> anyhow::Result<()> {
         size: args.size.map(|size| size.0),
         reserve_percent: args.reserve,
         force: args.force,
-        fresh_store: new,
+        // Only then is there anything on it: the noise that it was filled with.
+        fresh_store: new && args.preallocate,
         ..FormatOptions::default()
     };
     let store = match new {
