@@ -17,6 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-disk", &["nacre-core"]),
     ("nacre-anchor", &["nacre-core"]),
     ("nacre-objectstore", &["nacre-core"]),
+    ("nacre-lazy", &["nacre-core", "nacre-oci"]),
     ("nacre-export", &["nacre-core", "nacre-sys"]),
     ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-oci", "nacre-sys"]),
     ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys"]),

@@ -1,0 +1,1 @@
+//! EROFS metadata: made, checked and read.
