@@ -355,6 +355,16 @@ pub(crate) fn chunks(size: u64) -> u64 {
     size.div_ceil(1 << (BLOCK_BITS + u32::from(chunk_bits(size))))
 }
 
+/// How many bytes of a directory or link are inline, and how many blocks it has besides. What is inline is in one block with its inode.
+pub(crate) fn split_flat(size: u32, xattrs: usize) -> (usize, u32) {
+    let block = 1 << BLOCK_BITS;
+    let tail = size as usize % BLOCK;
+    if INODE + xattrs + tail > BLOCK {
+        return (0, size.div_ceil(block));
+    }
+    (tail, size / block)
+}
+
 const fn crc_table() -> [u32; 256] {
     let mut table = [0; 256];
     let mut byte = 0u32;

@@ -11,16 +11,22 @@
 //!       shared attributes
 //! ```
 //!
-//! - [`Tree`] is what the layers of an image come to, [`write`] makes the image of it. One tree gives one image, byte for byte.
+//! - [`Tree`] is what the layers of an image come to, [`write`](write()) makes the image of it. One tree gives one image, byte for byte.
+//! - [`check`](check()) takes an image that nobody vouches for, and accepts only what [`write`](write()) could have made.
 //! - [`Image`] reads one, checked or not: whatever the bytes are, it gives an answer or an error.
 
+pub use check::{CheckError, Limits, Summary, check};
 pub use layout::{Device, FileType, Timestamp};
-pub use read::{Dirent, Extent, Image, Inode, ReadAt, ReadError, Xattr};
+pub use read::{Dirent, Extent, Image, Inode, ReadError, Xattr};
+pub use source::ReadAt;
 pub use tree::{Attributes, Entry, Node, Tree, TreeError};
 pub use write::{WriteError, WriteOptions, Written, write};
 
+pub mod check;
 mod dirs;
 mod layout;
+mod parse;
 pub mod read;
+mod source;
 pub mod tree;
 pub mod write;

@@ -2,93 +2,27 @@
 //!
 //! Nothing is kept in memory but the superblock; a caller that wants speed gives a source that is in memory or in the page cache.
 //! Whatever the bytes are, each call gives an answer or an error, after work that is bounded by the size of what was asked for. That the
-//! answers fit together (that there are no cycles, that links are counted right) is known only of an image that was checked.
+//! answers fit together (that there are no cycles, that links are counted right) is known only of an image that
+//! [`check`](super::check()) accepted.
 
-use std::{fs::File, io, os::unix::fs::FileExt as _, sync::Arc};
+use std::io;
 
 use thiserror::Error;
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::FromBytes as _;
 
 use super::{
     dirs::DirBlock,
     layout::{
-        BLOCK, BLOCK_BITS, CHUNK, CHUNK_BITS, CHUNK_INDEXES, CHUNKED, DEVICE_AT, DEVICE_ID, Device, FileType, INLINE,
-        INODE, MOST_IMAGE, MOST_TARGET, PLAIN, ROOT, RawChunk, RawDevice, RawInode, RawSuper, SLOT, SUPER_AT,
-        Timestamp, chunk_bits, crc32c, is_tag,
+        BLOCK, BLOCK_BITS, CHUNK, DEVICE_ID, Device, FileType, INODE, MOST_IMAGE, MOST_TARGET, ROOT, RawChunk,
+        RawInode, SLOT, Timestamp,
     },
+    parse::{parse_inode, parse_super},
+    source::ReadAt,
 };
 
 mod xattr;
 
 pub use xattr::Xattr;
-
-/// Something that can be read at any place.
-pub trait ReadAt {
-    /// Fills the buffer from an offset on.
-    ///
-    /// # Errors
-    /// The source's own; `UnexpectedEof` where it ends before.
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-
-    /// Its bytes.
-    ///
-    /// # Errors
-    /// The source's own.
-    fn size(&self) -> io::Result<u64>;
-}
-
-impl ReadAt for [u8] {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.get(start..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        Ok(self.len() as u64)
-    }
-}
-
-impl ReadAt for Vec<u8> {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self[..].read_at(offset, buffer)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        Ok(self.len() as u64)
-    }
-}
-
-impl ReadAt for File {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_exact_at(buffer, offset)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-}
-
-impl<T: ReadAt + ?Sized> ReadAt for &T {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        (**self).read_at(offset, buffer)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        (**self).size()
-    }
-}
-
-impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        (**self).read_at(offset, buffer)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        (**self).size()
-    }
-}
 
 /// Why something of an image cannot be read.
 #[derive(Debug, Error)]
@@ -160,11 +94,12 @@ pub struct Inode {
     pub extent: Option<Extent>,
     /// A device's numbers; zeros for all else.
     pub device: Device,
-    inline: bool,
+    /// What does not fill a block is in the record.
+    pub(crate) inline: bool,
     /// The first block of what is in blocks.
-    block: u32,
+    pub(crate) block: u32,
     /// Bytes of attributes after the inode.
-    xattrs: u32,
+    pub(crate) xattrs: u32,
 }
 
 impl Inode {
@@ -173,11 +108,11 @@ impl Inode {
         self.xattrs > 0
     }
 
-    fn at(&self) -> u64 {
+    pub(crate) fn at(&self) -> u64 {
         self.nid * SLOT
     }
 
-    fn after_xattrs(&self) -> u64 {
+    pub(crate) fn after_xattrs(&self) -> u64 {
         self.at() + INODE as u64 + u64::from(self.xattrs)
     }
 }
@@ -416,97 +351,4 @@ impl<R: ReadAt> Image<R> {
         let blocks = u32::try_from(end - u64::from(block)).map_err(|_| "is a file that is too large")?;
         Ok(Extent { block, blocks })
     }
-}
-
-/// Compares the first block with the profile. The checksum in it is removed on the way.
-pub(crate) fn parse_super(block: &mut [u8; BLOCK], size: u64) -> Result<(RawSuper, RawDevice), ReadError> {
-    let superblock = block.get(SUPER_AT..).and_then(|bytes| Some(RawSuper::read_from_prefix(bytes).ok()?.0));
-    let device = block.get(DEVICE_AT..).and_then(|bytes| Some(RawDevice::read_from_prefix(bytes).ok()?.0));
-    let (Some(superblock), Some(device)) = (superblock, device) else { return Err(ReadError::Super("is cut off")) };
-    let fixed = RawSuper::fixed();
-    if superblock.magic != fixed.magic {
-        return Err(ReadError::Super("has no magic number"));
-    }
-    if let Some(place) = block.get_mut(SUPER_AT + 4..SUPER_AT + 8) {
-        place.fill(0);
-    }
-    if crc32c(block.get(SUPER_AT..).unwrap_or_default()) != superblock.checksum.get() {
-        return Err(ReadError::Super("does not fit its checksum"));
-    }
-    let expected = RawSuper {
-        checksum: superblock.checksum,
-        inodes: superblock.inodes,
-        blocks: superblock.blocks,
-        xattr_block: superblock.xattr_block,
-        uuid: superblock.uuid,
-        ..fixed
-    };
-    if superblock != expected {
-        return Err(ReadError::Super("has features or values that are not of this profile"));
-    }
-    if u64::from(superblock.blocks.get()) << BLOCK_BITS != size {
-        return Err(ReadError::Super("counts other blocks than the image has"));
-    }
-    if superblock.xattr_block.get() > 0 && superblock.xattr_block >= superblock.blocks {
-        return Err(ReadError::Super("has shared attributes outside of the image"));
-    }
-    let length = device.tag.iter().take_while(|byte| **byte != 0).count();
-    let (tag, zeros) = device.tag.split_at_checked(length).unwrap_or_default();
-    if !is_tag(tag) || zeros.iter().any(|byte| *byte != 0) {
-        return Err(ReadError::Super("has a device whose name is not 1 to 64 printable characters without '/'"));
-    }
-    if device.mapped.get() != 0 || device.reserved.as_bytes().iter().any(|byte| *byte != 0) {
-        return Err(ReadError::Super("has a device with values that are not of this profile"));
-    }
-    Ok((superblock, device))
-}
-
-/// What can be said of an inode by itself.
-pub(crate) fn parse_inode(nid: u64, raw: &RawInode) -> Result<Inode, ReadError> {
-    let bad = |what| ReadError::Inode { nid, what };
-    let file_type = FileType::from_mode(raw.mode.get()).ok_or_else(|| bad("has an unknown type"))?;
-    let place = raw.place.get();
-    let (format, size) = (raw.format.get(), raw.size.get());
-    let empty = match file_type {
-        FileType::Regular if size > 0 => {
-            let expected = CHUNK_INDEXES | chunk_bits(size) & CHUNK_BITS;
-            if format != CHUNKED || place != u32::from(expected) {
-                return Err(bad("is a file that is not one chunk of the data device"));
-            }
-            false
-        }
-        FileType::Directory | FileType::Symlink if !matches!(format, PLAIN | INLINE) => {
-            return Err(bad("is a directory or link with an unknown layout"));
-        }
-        FileType::Directory | FileType::Symlink => false,
-        _ => true,
-    };
-    if empty && (format != PLAIN || size != 0) {
-        return Err(bad("is neither file, directory nor link, or an empty file, but has bytes"));
-    }
-    let is_device = matches!(file_type, FileType::CharDevice | FileType::BlockDevice);
-    if empty && !is_device && place != 0 {
-        return Err(bad("has a place, but no bytes"));
-    }
-    let xattrs = match u32::from(raw.xattr_count.get()) {
-        0 => 0,
-        // The header of 12 bytes counts as one.
-        count => 8 + 4 * count,
-    };
-    Ok(Inode {
-        nid,
-        number: raw.number.get(),
-        file_type,
-        mode: raw.mode.get() & 0o7777,
-        uid: raw.uid.get(),
-        gid: raw.gid.get(),
-        mtime: Timestamp { seconds: raw.mtime.get().cast_signed(), nanoseconds: raw.mtime_nanoseconds.get() },
-        links: raw.links.get(),
-        size,
-        extent: None,
-        device: if is_device { Device::decode(place) } else { Device { major: 0, minor: 0 } },
-        inline: format == INLINE,
-        block: if empty { 0 } else { place },
-        xattrs,
-    })
 }

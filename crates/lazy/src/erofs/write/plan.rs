@@ -11,6 +11,7 @@ use crate::erofs::{
     dirs::directory_size,
     layout::{
         BLOCK, CHUNK, FIRST_RECORD, FileType, INODE, MOST_IMAGE, MOST_SHARED, SLOT, XATTR_HEADER, chunk_bits, chunks,
+        split_flat,
     },
     tree::{Data, Inode, ROOT, Tree, shown, xattrs::Pair},
 };
@@ -281,16 +282,6 @@ impl<'t> Plan<'t> {
         names.reverse();
         shown(&names)
     }
-}
-
-/// How much of a directory or link is inline, and how many blocks it has besides.
-fn split_flat(size: u32, xattrs: usize) -> (usize, u32) {
-    let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
-    let tail = size as usize % BLOCK;
-    if INODE + xattrs + tail > BLOCK {
-        return (0, size.div_ceil(block));
-    }
-    (tail, size / block)
 }
 
 fn to_blocks(bytes: u64) -> Result<u32, WriteError> {
