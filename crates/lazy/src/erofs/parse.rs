@@ -70,6 +70,9 @@ pub(crate) fn parse_inode(nid: u64, raw: &RawInode) -> Result<Inode, ReadError> 
         FileType::Directory | FileType::Symlink if !matches!(format, PLAIN | INLINE) => {
             return Err(bad("is a directory or link with an unknown layout"));
         }
+        FileType::Directory | FileType::Symlink if u32::try_from(size).is_err() => {
+            return Err(bad("is a directory or link of more than 4 GiB"));
+        }
         FileType::Directory | FileType::Symlink => false,
         _ => true,
     };

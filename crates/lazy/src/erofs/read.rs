@@ -109,11 +109,11 @@ impl Inode {
     }
 
     pub(crate) fn at(&self) -> u64 {
-        self.nid * SLOT
+        self.nid.saturating_mul(SLOT)
     }
 
     pub(crate) fn after_xattrs(&self) -> u64 {
-        self.at() + INODE as u64 + u64::from(self.xattrs)
+        self.at().saturating_add(INODE as u64 + u64::from(self.xattrs))
     }
 }
 
@@ -203,7 +203,8 @@ impl<R: ReadAt> Image<R> {
     /// There is none of this number, or it is damaged.
     pub fn inode(&self, nid: u64) -> Result<Inode, ReadError> {
         let bad = |what| ReadError::Inode { nid, what };
-        let at = nid.checked_mul(SLOT).filter(|at| *at >= ROOT * SLOT && at + INODE as u64 <= self.size);
+        let inside = ROOT * SLOT..=self.size.saturating_sub(INODE as u64);
+        let at = nid.checked_mul(SLOT).filter(|at| inside.contains(at));
         let at = at.ok_or_else(|| bad("is outside of the image"))?;
         // Mostly the index is what comes next.
         let mut bytes = [0; INODE + CHUNK];

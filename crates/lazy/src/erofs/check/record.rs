@@ -106,7 +106,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
                 Ok(Body { start: start.next_multiple_of(8), size: size.filter(|size| *size <= BLOCK).ok_or(DEVICE)? })
             }
             FileType::Directory | FileType::Symlink => {
-                let size = u32::try_from(inode.size).map_err(|_| "is larger than 4 GiB, and no file")?;
+                let size = u32::try_from(inode.size).map_err(|_| CUT)?;
                 let (tail, blocks) = split_flat(size, xattrs);
                 if inode.inline != (tail > 0) {
                     return Err("is inline where it would not be, or is not where it would be");
