@@ -49,6 +49,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-disk",
             "nacre-export",
             "nacre-guest",
+            "nacre-lazy",
             "nacre-oci",
         ],
     ),

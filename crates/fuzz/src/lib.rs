@@ -13,6 +13,7 @@ mod disks;
 mod encryption;
 mod images;
 mod layers;
+mod lazy;
 mod names;
 mod nbd;
 mod registries;
@@ -66,6 +67,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "disk_image", run: disks::image, seeds: disks::images },
     Target { name: "nbd_option", run: nbd::options, seeds: nbd::handshakes },
     Target { name: "nbd_request", run: nbd::requests, seeds: nbd::request_seeds },
+    Target { name: "erofs_check", run: lazy::erofs, seeds: lazy::erofs_images },
 ];
 
 /// The target of that name.

@@ -46,6 +46,7 @@ smoke!(
     disk_image,
     nbd_option,
     nbd_request,
+    erofs_check,
 );
 
 #[test]

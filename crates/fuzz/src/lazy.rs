@@ -1,0 +1,135 @@
+//! Metadata of lazy images: what the check accepts has to be a tree, and the reader has to live with what it refuses.
+
+use std::collections::BTreeSet;
+
+use nacre_lazy::erofs::{
+    Attributes, Device, FileType, Image, Limits, Node, ReadError, Summary, Timestamp, Tree, WriteOptions, check, write,
+};
+
+/// The image's superblock and what is in its block, and the checksum of them.
+const SUMMED: std::ops::Range<usize> = 1024..4096;
+const CHECKSUM: std::ops::Range<usize> = 1028..1032;
+
+/// An image, whose checksum is put right first: else no mutation would get anywhere.
+pub(crate) fn erofs(bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    seal(&mut bytes);
+    let limits = Limits { entries: 100_000, file_bytes: 1 << 44, ..Limits::default() };
+    let checked = check(&bytes, &limits);
+    let Ok(image) = Image::open(&bytes) else {
+        assert!(checked.is_err(), "the reader refuses what the check accepts");
+        return;
+    };
+    let walked = walk(&image, checked.is_ok());
+    if let Ok(checked) = checked {
+        assert_eq!(walked.ok(), Some(counts(&checked)), "the reader finds something else than the check");
+    }
+}
+
+fn seal(bytes: &mut [u8]) {
+    if let Some(place) = bytes.get_mut(CHECKSUM) {
+        place.fill(0);
+    }
+    let sum = bytes.get(SUMMED).unwrap_or_default().iter().fold(u32::MAX, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| if sum & 1 == 1 { sum >> 1 ^ 0x82F6_3B78 } else { sum >> 1 })
+    });
+    if let Some(place) = bytes.get_mut(CHECKSUM) {
+        place.copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+/// Inodes, names, directories, files, symbolic links, and bytes of files.
+type Counts = [u64; 6];
+
+fn counts(summary: &Summary) -> Counts {
+    [summary.inodes, summary.names, summary.directories, summary.files, summary.symlinks, summary.file_bytes]
+}
+
+/// Reads everything, each inode once: there may be cycles in what the check refuses, and names that nobody can ask for.
+fn walk(image: &Image<&Vec<u8>>, accepted: bool) -> Result<Counts, ReadError> {
+    let mut seen = BTreeSet::new();
+    let mut todo = vec![image.root()];
+    let [mut inodes, mut names, mut directories, mut files, mut symlinks, mut bytes] = Counts::default();
+    while let Some(nid) = todo.pop() {
+        // More than any image of this size has.
+        if !seen.insert(nid) || inodes > image.size() / 64 {
+            continue;
+        }
+        let inode = image.inode(nid)?;
+        inodes += 1;
+        let mut some = Vec::new();
+        image.xattrs(&inode, |xattr| {
+            some = xattr.full_name();
+            true
+        })?;
+        let found = image.xattr(&inode, &some)?;
+        assert!(!accepted || some.is_empty() || found.is_some(), "an attribute that is listed is not found");
+        match inode.file_type {
+            FileType::Directory => {
+                directories += 1;
+                let (mut entries, mut next) = (Vec::new(), 0);
+                image.read_dir(&inode, next, |entry| {
+                    entries.push((entry.nid, entry.name.to_vec()));
+                    next = entry.next;
+                    entries.len() as u64 <= image.size()
+                })?;
+                image.read_dir(&inode, next, |_| true)?;
+                for (nid, name) in entries.iter().filter(|(_, name)| name != b"." && name != b"..") {
+                    let found = image.lookup(&inode, name)?;
+                    assert!(
+                        !accepted || found.is_some_and(|(found, _)| found == *nid),
+                        "a name that is listed is not found"
+                    );
+                    names += 1;
+                    todo.push(*nid);
+                }
+            }
+            FileType::Regular => {
+                files += 1;
+                bytes += inode.size;
+                let end = inode.extent.map_or(0, |extent| u64::from(extent.block) + u64::from(extent.blocks));
+                assert!(end <= image.device_blocks().into(), "a file leads out of the data device");
+            }
+            FileType::Symlink => {
+                symlinks += 1;
+                image.read_link(&inode)?;
+            }
+            _ => {}
+        }
+    }
+    Ok([inodes, names, directories, files, symlinks, bytes])
+}
+
+/// Small images with some of everything.
+pub(crate) fn erofs_images() -> Vec<Vec<u8>> {
+    [0, 1, 12, 60].into_iter().filter_map(sample).collect()
+}
+
+fn sample(count: u32) -> Option<Vec<u8>> {
+    let mut tree = Tree::new();
+    let attributes = Attributes { mode: 0o644, uid: 1, gid: 2, mtime: Timestamp { seconds: 3, nanoseconds: 4 } };
+    for number in 0..count {
+        let node = match number % 12 {
+            0 => Node::Symlink(b"../target"),
+            1 => Node::CharDevice(Device { major: 1, minor: number }),
+            2 => Node::Fifo,
+            3 => Node::Symlink(&[b'l'; 4040]),
+            4 => Node::File { size: 0, block: 0 },
+            5 => Node::Socket,
+            6 => Node::File { size: (8 << 40) + 1, block: number },
+            _ => Node::File { size: 5000, block: number },
+        };
+        let xattrs: &[(&[u8], &[u8])] = match number % 5 {
+            0 => &[(b"user.a", b"1"), (b"trusted.b", b"2")],
+            1 => &[(b"user.a", b"1"), (b"security.capability", b"345")],
+            _ => &[],
+        };
+        let (directory, name) = (format!("d{}", number % 3), format!("{number:0150}"));
+        tree.put(&[directory.as_bytes(), name.as_bytes()], node, &attributes, xattrs).ok()?;
+        tree.link(&[b"links", name.as_bytes()], &[directory.as_bytes(), name.as_bytes()]).ok()?;
+    }
+    let options = WriteOptions { uuid: [1; 16], device_tag: "data", device_blocks: (2 << 30) + 100 };
+    let mut bytes = Vec::new();
+    write(&tree, &options, &mut bytes).ok()?;
+    Some(bytes)
+}
