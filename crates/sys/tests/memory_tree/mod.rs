@@ -3,11 +3,14 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nacre_sys::fuse::{
-    Answered, Attributes, Entries, Errno, Inode, Kind, Notifier, Open, ReadOnly, ReadReply, Statistics, XattrNames,
+    Answered, Attributes, Entries, Errno, Inode, Kind, Notifier, Open, Options, ReadOnly, ReadReply, Session,
+    Statistics, XattrNames,
 };
 
 /// What happens before a read is answered.
@@ -199,4 +202,42 @@ impl ReadOnly for MemoryTree {
         let bytes = self.nodes.iter().map(|node| node.attributes.size).sum();
         Statistics { bytes, files: self.nodes.len() as u64 }
     }
+}
+
+/// A mount of a tree.
+pub struct Place {
+    pub session: Session,
+    pub tree: Arc<MemoryTree>,
+    // Removed after the session is gone.
+    pub dir: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new(tree: MemoryTree) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Arc::new(tree);
+        let filesystem = Arc::clone(&tree) as Arc<dyn ReadOnly>;
+        let session = Session::mount(dir.path(), &Options::default(), filesystem).unwrap();
+        Self { session, tree, dir }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn open(&self, name: &str) -> File {
+        File::open(self.path(name)).unwrap()
+    }
+}
+
+/// Whether FUSE can be had here; a loud skip where it cannot.
+pub fn fuse() -> bool {
+    if !nacre_testkit::root() {
+        return false;
+    }
+    let there = Path::new("/dev/fuse").exists();
+    if !there {
+        nacre_testkit::skip("there is no /dev/fuse");
+    }
+    there
 }
