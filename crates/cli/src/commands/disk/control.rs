@@ -5,7 +5,7 @@
 //! ```text
 //! {"op":"info"}                   {"ok":{…}}
 //! {"op":"grow","size":1073741824} {"ok":{…}}
-//! {"op":"close"}                  {"ok":null} once all is on the store
+//! {"op":"close"}                  {"ok":null} once all is on the store; the connection ends when the store is free for others
 //!                                 {"error":"…","exit":6}
 //! ```
 
@@ -31,6 +31,8 @@ const ANSWER_LIMIT: u64 = 4 << 20;
 const PEER_TIME: Duration = Duration::from_secs(5);
 /// How long a disk may take to carry out a request: closing writes out everything.
 const WORK_TIME: Duration = Duration::from_secs(600);
+/// How long a disk that is closed may take to let go of its store. What it holds then is no more than locks.
+const LEAVE_TIME: Duration = Duration::from_secs(10);
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,17 +82,24 @@ impl Refused {
     }
 }
 
-/// Answers requests at `socket` until one of them was to close.
+/// What is answered.
+pub(super) struct Reply {
+    pub(super) result: anyhow::Result<Value>,
+    /// The disk has ended, well or not.
+    pub(super) last: bool,
+}
+
+/// Answers requests at `socket` until the last, whose client then waits for the end of the connection.
 pub(super) fn serve(
     socket: &Path,
-    answer: impl Fn(Request) -> anyhow::Result<Value> + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+    answer: impl Fn(Request) -> Reply + Send + 'static,
+) -> io::Result<JoinHandle<UnixStream>> {
     let listener = UnixListener::bind(socket)?;
     thread::Builder::new().name("control".into()).spawn(move || {
-        for client in listener.incoming() {
-            match client.and_then(|client| serve_one(client, &answer)) {
-                Ok(Some(Request::Close)) => return,
-                Ok(_) => {}
+        loop {
+            match listener.accept().and_then(|(client, _)| serve_one(client, &answer)) {
+                Ok(Some(last)) => return last,
+                Ok(None) => {}
                 Err(error) => {
                     tracing::debug!(%error, "a request to a running disk was not answered");
                     // Where there are no descriptors, trying again at once would only burn time.
@@ -101,18 +110,16 @@ pub(super) fn serve(
     })
 }
 
-/// Answers one client. `Close` ends the service only where it was carried out.
-fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> anyhow::Result<Value>) -> io::Result<Option<Request>> {
+/// Answers one client; the last is given back.
+fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> Reply) -> io::Result<Option<UnixStream>> {
     client.set_read_timeout(Some(PEER_TIME))?;
     client.set_write_timeout(Some(PEER_TIME))?;
     let mut line = String::new();
     BufReader::new(&client).take(REQUEST_LIMIT).read_line(&mut line)?;
-    let request = parse(&line);
-    let result = match &request {
-        Ok(request) => answer(*request),
-        Err(error) => Err(anyhow::anyhow!("this is no request: {error:#}")),
+    let Reply { result, last } = match parse(&line) {
+        Ok(request) => answer(request),
+        Err(error) => Reply { result: Err(anyhow::anyhow!("this is no request: {error:#}")), last: false },
     };
-    let done = request.ok().filter(|_| result.is_ok());
     let mut text = serde_json::to_vec(&match result {
         Ok(value) => Answer::Ok(value),
         Err(error) => {
@@ -123,7 +130,7 @@ fn serve_one(client: UnixStream, answer: &impl Fn(Request) -> anyhow::Result<Val
     text.push(b'\n');
     // The disk is closed all the same where nobody waits for the answer.
     let written = (&client).write_all(&text);
-    if done == Some(Request::Close) { Ok(done) } else { written.map(|()| done) }
+    if last { Ok(Some(client)) } else { written.map(|()| None) }
 }
 
 /// Reads a request: exactly one, since serde passes over what it does not know beside a tag.
@@ -142,7 +149,13 @@ pub(super) fn ask(socket: &Path, request: Request) -> anyhow::Result<Value> {
         stream.set_write_timeout(Some(PEER_TIME))?;
         stream.set_read_timeout(Some(WORK_TIME))?;
         (&stream).write_all(format!("{}\n", serde_json::to_string(&request)?).as_bytes())?;
-        BufReader::new(&stream).take(ANSWER_LIMIT).read_line(&mut line)?;
+        let mut answers = BufReader::new(&stream);
+        answers.by_ref().take(ANSWER_LIMIT).read_line(&mut line)?;
+        if request == Request::Close {
+            // The next command is to find the store free. If that takes too long, it says so itself.
+            stream.set_read_timeout(Some(LEAVE_TIME))?;
+            let _ = answers.read(&mut [0]);
+        }
         Ok(())
     };
     talk().with_context(|| format!("{}: the running disk does not answer", socket.display()))?;
@@ -163,18 +176,27 @@ mod tests {
     fn requests_are_answered_and_errors_keep_their_codes() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("control");
-        let served = serve(&socket, |request| match request {
-            Request::Info => Ok(json!({ "size": 5 })),
-            Request::Grow { size } => Err(Usage(format!("{size} is too much")).into()),
-            Request::Close => Ok(Value::Null),
+        let served = serve(&socket, |request| {
+            let result = match request {
+                Request::Info => Ok(json!({ "size": 5 })),
+                Request::Grow { size } => Err(Usage(format!("{size} is too much")).into()),
+                Request::Close => Ok(Value::Null),
+            };
+            Reply { result, last: request == Request::Close }
         })
         .unwrap();
         assert_eq!(ask(&socket, Request::Info).unwrap(), json!({ "size": 5 }));
         let error = ask(&socket, Request::Grow { size: 7 }).unwrap_err();
         assert_eq!(error.to_string(), "7 is too much");
         assert_eq!(exit::of(&error), Exit::Usage);
-        assert_eq!(ask(&socket, Request::Close).unwrap(), Value::Null);
-        served.join().unwrap();
+        let path = socket.clone();
+        let asked = thread::spawn(move || ask(&path, Request::Close).unwrap());
+        let last = served.join().unwrap();
+        // It waits until everything is let go of.
+        thread::sleep(Duration::from_millis(50));
+        assert!(!asked.is_finished());
+        drop(last);
+        assert_eq!(asked.join().unwrap(), Value::Null);
         assert!(ask(&socket, Request::Info).is_err());
     }
 
@@ -182,7 +204,8 @@ mod tests {
     fn senseless_requests_are_errors_and_disturb_nobody() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("control");
-        let served = serve(&socket, |_| Ok(Value::Null)).unwrap();
+        let served =
+            serve(&socket, |request| Reply { result: Ok(Value::Null), last: request == Request::Close }).unwrap();
         for bytes in [
             &b""[..],
             b"\n",
@@ -200,7 +223,18 @@ mod tests {
             let _ = stream.read_to_string(&mut answer);
             assert!(!answer.contains("\"ok\""), "{answer}");
         }
-        ask(&socket, Request::Close).unwrap();
-        served.join().unwrap();
+        let asked = thread::spawn(move || ask(&socket, Request::Close).unwrap());
+        drop(served.join().unwrap());
+        asked.join().unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_ended_badly_is_asked_nothing_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control");
+        let served = serve(&socket, |_| Reply { result: Err(anyhow::anyhow!("no room")), last: true }).unwrap();
+        let asked = thread::spawn(move || ask(&socket, Request::Close).unwrap_err());
+        drop(served.join().unwrap());
+        assert_eq!(asked.join().unwrap().to_string(), "no room");
     }
 }

@@ -18,7 +18,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 
 use super::{
-    control::{self, Refused, Request},
+    control::{self, Refused, Reply, Request},
     info,
     key::{self, Source},
     metrics,
@@ -63,14 +63,15 @@ pub(super) fn run(
     let Started { front_end, devices, users } = start(disk.clone(), &slot)?;
     let record = Record { store: name.to_string(), devices, pid: std::process::id() };
     let closing = Arc::new(AtomicBool::new(false));
-    let (ended, outcome) = mpsc::channel();
+    let (tell, outcome) = mpsc::channel();
     let service = Service { disk: disk.clone(), record: record.clone(), users, closing: closing.clone(), outcome };
     let service = control::serve(&slot.socket(), move |request| service.answer(request))
         .with_context(|| format!("{}: the control socket", slot.socket().display()))?;
     if let Some(address) = args.metrics {
-        let (disk, store) = (disk.clone(), record.store.clone());
-        let address =
-            metrics::serve(address, move || text(&disk, &store)).with_context(|| format!("--metrics {address}"))?;
+        // It is asked for as long as the process lives, which does not have to keep the store.
+        let (disk, store) = (Arc::downgrade(&disk), record.store.clone());
+        let text = move || disk.upgrade().map(|disk| text(&disk, &store)).unwrap_or_default();
+        let address = metrics::serve(address, text).with_context(|| format!("--metrics {address}"))?;
         tracing::info!(%address, "metrics");
     }
     slot.announce(&record)?;
@@ -99,17 +100,19 @@ pub(super) fn run(
                 tracing::warn!("{what}");
                 // Somebody mounted it after `close` had looked.
                 if closing.swap(false, Ordering::SeqCst) {
-                    let _ = ended.send(Err(Refused::of(&InUse(what).into())));
+                    let _ = tell.send(Outcome { result: Err(Refused::of(&InUse(what).into())), ended: false });
                 }
             }
         }
     }
     let result = stop(front_end, &disk, args.read_only);
-    let heard = ended.send(result.as_ref().map_or_else(|error| Err(Refused::of(error)), |()| Ok(()))).is_ok();
-    if heard && closing.load(Ordering::SeqCst) {
-        // Whoever asked hears of it before the process ends.
-        let _ = service.join();
-    }
+    let told = result.as_ref().map_err(Refused::of).copied();
+    let heard = tell.send(Outcome { result: told, ended: true }).is_ok();
+    // Whoever asked hears of it before the process ends, and that it has ended when the store is free again.
+    let last = if heard && closing.load(Ordering::SeqCst) { service.join().ok() } else { None };
+    drop(disk);
+    drop(slot);
+    drop(last);
     result
 }
 
@@ -147,35 +150,53 @@ fn text(disk: &Disk, store: &str) -> String {
     metrics::text(store, disk.size(), disk.info().used_blocks * 4096, &statistics)
 }
 
+/// What came of `close`.
+struct Outcome {
+    result: Result<(), Refused>,
+    /// The disk does not run any more.
+    ended: bool,
+}
+
 /// Answers commands.
 struct Service {
     disk: Arc<Disk>,
     record: Record,
     users: fn(&[String]) -> Vec<String>,
     closing: Arc<AtomicBool>,
-    outcome: mpsc::Receiver<Result<(), Refused>>,
+    outcome: mpsc::Receiver<Outcome>,
 }
 
 impl Service {
-    fn answer(&self, request: Request) -> anyhow::Result<Value> {
-        match request {
+    fn answer(&self, request: Request) -> Reply {
+        let result = match request {
             Request::Info => info::running(&self.disk, &self.record),
-            Request::Grow { size } => {
-                self.disk.resize(size)?;
-                info::running(&self.disk, &self.record)
+            Request::Grow { size } => self.grow(size),
+            Request::Close => return self.close(),
+        };
+        Reply { result, last: false }
+    }
+
+    fn grow(&self, size: u64) -> anyhow::Result<Value> {
+        self.disk.resize(size)?;
+        info::running(&self.disk, &self.record)
+    }
+
+    fn close(&self) -> Reply {
+        let users = (self.users)(&self.record.devices);
+        if !users.is_empty() {
+            let what = format!("{} is in use: {}", self.record.devices.join(", "), users.join(", "));
+            return Reply { result: Err(InUse(what).into()), last: false };
+        }
+        self.closing.store(true, Ordering::SeqCst);
+        // To the thread that waits for the end, which is the one that ends everything.
+        if let Err(error) = kill_process(getpid(), Signal::TERM) {
+            return Reply { result: Err(error).context("the process cannot be told to end"), last: false };
+        }
+        match self.outcome.recv() {
+            Ok(Outcome { result, ended }) => {
+                Reply { result: result.map(|()| Value::Null).map_err(Into::into), last: ended }
             }
-            Request::Close => {
-                let users = (self.users)(&self.record.devices);
-                if !users.is_empty() {
-                    let what = format!("{} is in use: {}", self.record.devices.join(", "), users.join(", "));
-                    return Err(InUse(what).into());
-                }
-                self.closing.store(true, Ordering::SeqCst);
-                // To the thread that waits for the end, which is the one that ends everything.
-                kill_process(getpid(), Signal::TERM).context("the process cannot be told to end")?;
-                self.outcome.recv().context("the process ends")??;
-                Ok(Value::Null)
-            }
+            Err(_) => Reply { result: Err(anyhow::anyhow!("the process ends")), last: true },
         }
     }
 }
