@@ -43,6 +43,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("xz", "xz-utils"),
     ("nbdinfo", "libnbd-bin"),
+    ("nbd-client", "nbd-client"),
     ("qemu-img", "qemu-utils"),
     ("fio", "fio"),
 ];
