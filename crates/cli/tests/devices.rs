@@ -27,6 +27,7 @@ type Case = fn(&str);
 const CASES: &[(&str, Case)] = &[
     ("opened_and_closed", what_is_written_is_there_after_it_was_opened_again),
     ("taken_away", a_device_that_is_taken_away_closes_its_disk),
+    ("grows", a_disk_grows_while_it_is_open),
     ("killed", a_killed_process_leaves_a_disk_that_is_opened_again),
 ];
 const KINDS: [&str; 2] = ["ublk", "nbd"];
@@ -86,7 +87,7 @@ fn in_guest() -> ExitCode {
 
 fn nacre(verb: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new("/bin/nacre");
-    command.args(["--quiet", "disk", verb]).args(arguments).env("NACRE_RUN", "/tmp/place/run");
+    command.args(["disk", verb]).args(arguments).env("NACRE_RUN", "/tmp/place/run");
     command.output().unwrap()
 }
 
@@ -213,6 +214,32 @@ fn a_device_that_is_taken_away_closes_its_disk(kind: &str) {
     assert_eq!((&shown["state"], &shown["clean"]), (&"closed".into(), &true.into()), "{shown}");
     let again = open(kind);
     assert_reads(&again, 0, &noise(2));
+    close(&again);
+}
+
+fn a_disk_grows_while_it_is_open(kind: &str) {
+    let device = open(kind);
+    write(&device, 29, &noise(4));
+    good(&nacre("grow", &["--size", "64M", &device]));
+    let logs = || sh("cat run/disks/*/log");
+    if kind == "ublk" {
+        // Not with this kernel: what to do about it is said.
+        wait_until("the log to say so", || logs().contains("closed and opened again"));
+        assert_eq!(size(&device), 32 * MIB);
+        close(&device);
+        assert_eq!(open(kind), device);
+    } else {
+        wait_until("the device to grow", || size(&device) == 64 * MIB);
+        assert_eq!(logs(), "", "there is nothing to complain about");
+    }
+    assert_eq!(size(&device), 64 * MIB);
+    assert_reads(&device, 29, &noise(4));
+    write(&device, 61, &noise(5));
+    assert_reads(&device, 61, &noise(5));
+    close(&device);
+    let again = open(kind);
+    assert_eq!(size(&again), 64 * MIB);
+    assert_reads(&again, 61, &noise(5));
     close(&again);
 }
 

@@ -12,7 +12,7 @@ mod common;
 
 use std::{
     fs,
-    io::Write as _,
+    io::{self, Write as _},
     os::unix::fs::FileExt as _,
     path::Path,
     process::{Command, ExitCode},
@@ -43,6 +43,8 @@ const CASES: &[(&str, fn())] = &[
     ("nbd", || filesystem(Kind::Nbd)),
     ("nbd_damage", || damage(Kind::Nbd)),
     ("nbd_killed", nbd_killed),
+    ("nbd_grows", nbd_grows),
+    ("ublk_grows", ublk_does_not_grow),
 ];
 
 fn main() -> ExitCode {
@@ -57,7 +59,7 @@ fn main() -> ExitCode {
 fn devices_of_a_guests_kernel() {
     let Some(mut guest) = Guest::new() else { return };
     guest.program("bin/test-program", &std::env::current_exe().unwrap());
-    for program in ["mkfs.ext4", "e2fsck", "blkdiscard", "fstrim"] {
+    for program in ["mkfs.ext4", "e2fsck", "resize2fs", "blkdiscard", "fstrim"] {
         if !guest.installed(program) {
             return;
         }
@@ -65,7 +67,7 @@ fn devices_of_a_guests_kernel() {
     for module in ["ublk_drv", "nbd", "loop"] {
         guest.module(module);
     }
-    let said = guest.run("uname -r; test-program in-guest", Duration::from_secs(240));
+    let said = guest.run("uname -r; test-program in-guest", Duration::from_secs(300));
     println!("the guest took {:?}", said.took);
     assert_eq!(said.status, Some(0), "{}", said.console);
     for (name, _) in CASES {
@@ -241,6 +243,54 @@ fn nbd_killed() {
     }
     let Setup { front_end, device: again, .. } = setup(Kind::Nbd, 16 * MIB, 4096);
     assert_eq!(fs::read(again).unwrap().len() as u64, 16 * MIB);
+    front_end.stop().unwrap();
+}
+
+/// Bytes of the device, as the kernel has it.
+fn size(device: &str) -> u64 {
+    let name = Path::new(device).file_name().unwrap().to_str().unwrap();
+    512 * fs::read_to_string(format!("/sys/class/block/{name}/size")).unwrap().trim().parse::<u64>().unwrap()
+}
+
+fn nbd_grows() {
+    for block_size in [4096, 512] {
+        let Setup { store, front_end, device } = setup(Kind::Nbd, 16 * MIB, block_size);
+        sh(&format!("mkfs.ext4 -q -E nodiscard {device} && mount -t ext4 {device} /mnt && echo before > /mnt/before"));
+        store.grow(48 * MIB);
+        front_end.resized().unwrap();
+        assert_eq!(size(&device), 48 * MIB);
+        // A filesystem that is mounted grows into it, and what is written there comes back from the store.
+        sh(&format!("resize2fs {device} 2>&1"));
+        fs::write("/mnt/large", noise(7, 30 << 20)).unwrap();
+        sh("sync && echo 3 > /proc/sys/vm/drop_caches");
+        assert!(fs::read("/mnt/large").unwrap() == noise(7, 30 << 20));
+        assert_eq!(fs::read_to_string("/mnt/before").unwrap(), "before\n");
+        sh(&format!("umount /mnt && e2fsck -fn {device}"));
+        let file = fs::OpenOptions::new().read(true).write(true).open(&device).unwrap();
+        file.write_all_at(&noise(8, 4096), 48 * MIB - 4096).unwrap();
+        file.sync_all().unwrap();
+        let mut read = [0; 4096];
+        store.read_at(48 * MIB - 4096, &mut read).unwrap();
+        assert!(read == *noise(8, 4096));
+        drop(file);
+        // As many sectors as 32 bits do not count.
+        store.grow(1 << 42);
+        front_end.resized().unwrap();
+        assert_eq!(size(&device), 1 << 42);
+        front_end.stop().unwrap();
+    }
+}
+
+fn ublk_does_not_grow() {
+    let Setup { store, front_end, device } = setup(Kind::Ublk, 16 * MIB, 4096);
+    store.grow(48 * MIB);
+    let error = front_end.resized().unwrap_err();
+    assert!(error.kind() == io::ErrorKind::Unsupported && error.to_string().contains("opened again"), "{error}");
+    assert_eq!(size(&device), 16 * MIB);
+    assert_eq!(fs::read(&device).unwrap().len() as u64, 16 * MIB);
+    front_end.stop().unwrap();
+    let front_end = Kind::Ublk.start(store, &DeviceOptions::new("/tmp/run")).unwrap();
+    assert_eq!(size(&front_end.device()), 48 * MIB);
     front_end.stop().unwrap();
 }
 

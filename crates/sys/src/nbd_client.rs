@@ -42,6 +42,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct NbdDevice {
     path: PathBuf,
+    block_size: u32,
     serving: Option<JoinHandle<io::Result<()>>>,
 }
 
@@ -84,11 +85,10 @@ pub fn attach(sockets: Vec<OwnedFd>, options: Options) -> io::Result<NbdDevice> 
         }
     })?;
     let path = told.recv().map_err(|_| io::Error::other("the thread of the NBD device died"))??;
-    let device = NbdDevice { path, serving: Some(serving) };
+    let device = NbdDevice { path, block_size: options.block_size, serving: Some(serving) };
     // Its size is the last that the kernel sets of it.
-    let (size, sectors) = (device.system().join("size"), (options.size / 512).to_string());
-    let is_ready = || fs::read_to_string(&size).is_ok_and(|text| text.trim() == sectors);
-    if blockdev::wait_until(READY, || is_ready() || device.has_ended()).is_err() || device.has_ended() {
+    let ready = blockdev::wait_until(READY, || device.shows(options.size) || device.has_ended());
+    if ready.is_err() || device.has_ended() {
         let path = device.path.clone();
         let error = device.disconnect().err().unwrap_or_else(|| io::ErrorKind::TimedOut.into());
         return Err(at(&path, "the kernel did not connect", &error));
@@ -150,6 +150,28 @@ impl NbdDevice {
     /// Whether the connection has ended, for whatever reason.
     pub fn has_ended(&self) -> bool {
         self.serving.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Makes the device larger, whether it is in use or not. Its server has to take requests of the new size already.
+    ///
+    /// # Errors
+    /// The kernel's answer, or that the device does not become so.
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        if self.has_ended() {
+            return Ok(()); // it may be somebody else's by now
+        }
+        let device = open(&self.path)?;
+        // The call that set it, which this time may come from any thread: the kernel tells the block layer and those who watch the device.
+        call(&device, SET_BLOCKS, size / u64::from(self.block_size))
+            .map_err(|error| at(&self.path, "does not take its new size", &error))?;
+        blockdev::wait_until(READY, || self.shows(size) || self.has_ended())
+            .map_err(|error| at(&self.path, "keeps its size", &error))
+    }
+
+    /// Whether the kernel's device has so many bytes.
+    fn shows(&self, size: u64) -> bool {
+        let sectors = fs::read_to_string(self.system().join("size"));
+        sectors.is_ok_and(|text| text.trim() == (size / 512).to_string())
     }
 
     /// Ends the connection, and waits until it has ended. What the kernel held was to be written out before.

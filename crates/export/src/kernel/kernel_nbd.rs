@@ -104,8 +104,8 @@ impl FrontEnd for KernelNbd {
     }
 
     fn resized(&self) -> io::Result<()> {
-        let what = "a device of the kernel's NBD client keeps its size until the disk is opened again";
-        Err(io::Error::new(io::ErrorKind::Unsupported, what))
+        // The server knows already: what the kernel is told here it may ask for at once.
+        self.device.as_ref().map_or(Ok(()), |device| device.resize(self.transmission.size()))
     }
 
     fn wait(&mut self) -> io::Result<()> {

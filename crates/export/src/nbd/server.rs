@@ -246,6 +246,8 @@ fn serve(inner: &Inner, socket: Socket) -> Result<(), ConnectionError> {
         shared: inner.shared.clone(),
         transport: channel.into_transport()?,
         terms: Terms { size: offer.size, read_only: settings.read_only, structured: agreed.structured },
+        // The size of the handshake holds until the client connects anew.
+        hears_of_growth: false,
         inbox: Turns::new(),
     };
     Ok(session.run()?)

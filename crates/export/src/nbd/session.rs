@@ -50,6 +50,8 @@ pub(super) struct Session {
     pub(super) shared: Arc<Shared>,
     pub(super) transport: Transport,
     pub(super) terms: Terms,
+    /// Whether the client hears of it when the store grows, by other means than these: then it may reach as far as the store does.
+    pub(super) hears_of_growth: bool,
     pub(super) inbox: Turns,
 }
 
@@ -69,6 +71,12 @@ impl Session {
         });
         self.transport.close();
         end
+    }
+
+    /// What requests are checked against now.
+    fn terms(&self) -> Terms {
+        let size = if self.hears_of_growth { self.shared.sectors.store().size() } else { self.terms.size };
+        Terms { size, ..self.terms }
     }
 
     /// What each thread does. The one that reads the end says why; where sending fails, nobody reads on.
@@ -178,11 +186,12 @@ impl Worker<'_> {
     fn carry_out(&mut self, batch: &Batch) -> io::Result<()> {
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         let stopping = self.session.shared.stopping.load(Ordering::Acquire);
+        let terms = self.session.terms();
         for item in &batch.items {
             let request = &item.request;
             if stopping {
                 self.fail(request, Errno::Shutdown, "the server is about to end");
-            } else if let Err((errno, why)) = request.check(&self.session.terms) {
+            } else if let Err((errno, why)) = request.check(&terms) {
                 self.fail(request, errno, why);
             } else {
                 match request.command {

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{Served, nbd::NbdSettings, sectors::Sectors};
 
-/// A store for clients that begin with requests, and take simple replies.
+/// A store for clients that begin with requests, and take simple replies. When the store grows, whoever told the client its size tells it
+/// the new one; its requests are served up to there from then on.
 #[derive(Clone)]
 pub struct Transmission {
     shared: Arc<Shared>,
@@ -36,6 +37,11 @@ impl Transmission {
         HAS_FLAGS | SEND_FLUSH | SEND_FUA | CAN_MULTI_CONN | writes
     }
 
+    /// How large the store is now, in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.sectors.store().size()
+    }
+
     /// Serves a client until it goes.
     ///
     /// # Errors
@@ -47,7 +53,8 @@ impl Transmission {
             shared: self.shared.clone(),
             // The time is for handshakes only.
             transport: SocketChannel::new(socket, None, NbdSettings::HANDSHAKE_TIME).into_transport()?,
-            terms: Terms { size: self.shared.sectors.store().size(), read_only: self.read_only, structured: false },
+            terms: Terms { size: self.size(), read_only: self.read_only, structured: false },
+            hears_of_growth: true,
             inbox: Turns::new(),
         };
         session.run().map_err(io::Error::other)

@@ -27,7 +27,7 @@ use rustix::fs::FallocateFlags;
 
 pub struct FileStore {
     file: File,
-    size: u64,
+    size: AtomicU64,
     pub flushes: AtomicU64,
     pub trimmed: AtomicU64,
     pub zeroed: AtomicU64,
@@ -42,11 +42,23 @@ impl FileStore {
             file.set_len(size).unwrap();
         }
         let counter = || AtomicU64::new(0);
-        Self { file, size, flushes: counter(), trimmed: counter(), zeroed: counter(), damaged: Mutex::default() }
+        Self {
+            file,
+            size: AtomicU64::new(size),
+            flushes: counter(),
+            trimmed: counter(),
+            zeroed: counter(),
+            damaged: Mutex::default(),
+        }
+    }
+
+    pub fn grow(&self, size: u64) {
+        self.file.set_len(size).unwrap();
+        self.size.store(size, Ordering::SeqCst);
     }
 
     fn punch(&self, op: &'static str, counter: &AtomicU64, offset: u64, length: u64) -> Result<(), BlockError> {
-        check_range(op, offset, length, self.size)?;
+        check_range(op, offset, length, self.size())?;
         counter.fetch_add(length, Ordering::SeqCst);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&self.file, flags, offset, length)
@@ -56,12 +68,12 @@ impl FileStore {
 
 impl BlockStore for FileStore {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::SeqCst)
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
         let length = buffer.len() as u64;
-        check_range("read", offset, length, self.size)?;
+        check_range("read", offset, length, self.size())?;
         if let Some(first) = self.damaged.lock().unwrap().range(offset / 4096..(offset + length) / 4096).next() {
             return Err(BlockError::Integrity { first: *first, count: 1, what: "a test damaged it".into() });
         }
@@ -69,7 +81,7 @@ impl BlockStore for FileStore {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
-        check_range("write", offset, data.len() as u64, self.size)?;
+        check_range("write", offset, data.len() as u64, self.size())?;
         self.file.write_all_at(data, offset).map_err(|error| BlockError::io("write", offset, data.len() as u64, error))
     }
 

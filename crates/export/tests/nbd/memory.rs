@@ -14,7 +14,8 @@ use nacre_core::{BLOCK_SIZE, BlockError, BlockStore, ReadRequest, WriteRequest, 
 /// A store whose data are in memory. What is in one piece of `PIECE` bytes is under one lock.
 pub(crate) struct Memory {
     pieces: Vec<RwLock<Vec<u8>>>,
-    size: u64,
+    /// What there is of the pieces; a test may make it less, and then more again.
+    pub(crate) size: AtomicU64,
     pub(crate) slow: bool,
     /// How long a read takes.
     pub(crate) delay: Duration,
@@ -39,7 +40,7 @@ impl Memory {
         let pieces = usize::try_from(size.div_ceil(PIECE as u64)).unwrap();
         Self {
             pieces: (0..pieces).map(|_| RwLock::new(Vec::new())).collect(),
-            size,
+            size: AtomicU64::new(size),
             slow: false,
             delay: Duration::ZERO,
             broken: Mutex::new(None),
@@ -54,7 +55,7 @@ impl Memory {
     }
 
     fn check(&self, op: &'static str, offset: u64, length: u64) -> Result<(), BlockError> {
-        check_range(op, offset, length, self.size)?;
+        check_range(op, offset, length, self.size())?;
         match &*self.broken.lock().unwrap() {
             Some((range, error)) if offset < range.end && offset + length > range.start => Err(error.clone()),
             _ => Ok(()),
@@ -75,7 +76,7 @@ impl Memory {
 
 impl BlockStore for Memory {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(SeqCst)
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {

@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+    os::unix::{
+        fs::PermissionsExt as _,
+        net::{UnixListener, UnixStream},
+    },
     sync::{Arc, atomic::Ordering::SeqCst},
     thread,
     time::{Duration, Instant},
@@ -11,7 +14,7 @@ use std::{
 
 use nacre_export::{
     FrontEnd as _,
-    nbd::{Listen, NbdError, NbdServer, NbdSettings, wire},
+    nbd::{Listen, NbdError, NbdServer, NbdSettings, Transmission, wire},
 };
 
 use crate::{
@@ -171,4 +174,50 @@ fn a_flush_covers_what_another_connection_wrote() {
     assert_eq!((fixture.store.writes.load(SeqCst), fixture.store.flushes.load(SeqCst)), (1, 1));
     other.request(0, 0, 1, 4096, 1, &[]);
     assert_eq!(other.simple(1).data, [1]);
+}
+
+/// A store that is to grow from one MiB to two.
+fn growing() -> Memory {
+    let mut store = Memory::new(2 << 20);
+    *store.size.get_mut() = 1 << 20;
+    store
+}
+
+#[test]
+fn a_client_has_the_size_of_its_handshake_until_it_connects_again() {
+    let fixture = Fixture::with(growing(), |_| {});
+    let mut client = Client::open(&fixture.socket(), true);
+    fixture.store.size.store(2 << 20, SeqCst);
+    assert_eq!(client.tries(0, 0, 1 << 20, 4096, &[]), wire::Errno::Invalid as u32);
+    assert_eq!(client.tries(0, 1, 1 << 20, 4096, &[1; 4096]), wire::Errno::NoSpace as u32);
+    let mut again = Client::open(&fixture.socket(), true);
+    assert_eq!(again.tries(0, 1, 1 << 20, 4096, &[1; 4096]), 0);
+    assert_eq!(again.tries(0, 1, 2 << 20, 4096, &[1; 4096]), wire::Errno::NoSpace as u32);
+    // The first connection still is what it was.
+    assert_eq!(client.tries(0, 0, 1 << 20, 4096, &[]), wire::Errno::Invalid as u32);
+    assert_eq!(client.does(0, 0, 0, 4096, &[]).data, [0; 4096]);
+}
+
+#[test]
+fn a_client_that_hears_of_growth_reaches_what_the_store_has_grown_by() {
+    let store = Arc::new(growing());
+    let transmission = Transmission::new(store.clone(), false);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let serving = transmission.clone();
+    let server = thread::spawn(move || serving.serve(theirs));
+    let mut client = Client(ours);
+    let mut write = |offset| {
+        client.request(0, 1, 7, offset, 4096, &[9; 4096]);
+        client.simple(0).error
+    };
+    assert_eq!(write((1 << 20) - 4096), 0);
+    assert_eq!(write(1 << 20), wire::Errno::NoSpace as u32);
+    store.size.store(2 << 20, SeqCst);
+    assert_eq!(transmission.size(), 2 << 20);
+    assert_eq!(write(1 << 20), 0);
+    assert_eq!(write((2 << 20) - 4096), 0);
+    assert_eq!(write(2 << 20), wire::Errno::NoSpace as u32);
+    assert_eq!(store.writes.load(SeqCst), 3);
+    drop(client);
+    server.join().unwrap().unwrap();
 }
