@@ -12,9 +12,10 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader},
     os::unix::fs::FileTypeExt as _,
     path::Path,
-    process::{Command, ExitCode, Output},
+    process::{Command, ExitCode, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -27,6 +28,7 @@ type Case = fn(&str);
 const CASES: &[(&str, Case)] = &[
     ("opened_and_closed", what_is_written_is_there_after_it_was_opened_again),
     ("taken_away", a_device_that_is_taken_away_closes_its_disk),
+    ("in_use", a_device_that_is_mounted_where_nobody_sees_it_stays),
     ("grows", a_disk_grows_while_it_is_open),
     ("killed", a_killed_process_leaves_a_disk_that_is_opened_again),
 ];
@@ -214,6 +216,40 @@ fn a_device_that_is_taken_away_closes_its_disk(kind: &str) {
     assert_eq!((&shown["state"], &shown["clean"]), (&"closed".into(), &true.into()), "{shown}");
     let again = open(kind);
     assert_reads(&again, 0, &noise(2));
+    close(&again);
+}
+
+fn a_device_that_is_mounted_where_nobody_sees_it_stays(kind: &str) {
+    let device = open(kind);
+    sh(&format!("mke2fs -F -b 4096 {device}"));
+    // Until its standard input ends, a mount namespace of its own has the device mounted.
+    let script = format!("mount -t ext4 {device} /mnt && echo mounted && cat && echo kept > /mnt/file && umount /mnt");
+    let mut child = Command::new("unshare");
+    child.args(["-m", "sh", "-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "mounted\n");
+    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(&device));
+    for _ in 0..2 {
+        let refused = nacre("close", &[&device]);
+        assert_eq!(refused.status.code(), Some(6), "{}", said(&refused));
+        assert!(said(&refused).contains("cannot be seen from here"), "{}", said(&refused));
+    }
+    // A signal ends it no more than `close` does.
+    sh(&format!("kill -TERM {}", info(&device)["pid"]));
+    wait_until("the log to say so", || sh("cat run/disks/*/log").matches("it stays").count() == 3);
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+    close(&device);
+    assert!(!is_there(&device));
+    let again = open(kind);
+    sh(&format!("mount -t ext4 {again} /mnt"));
+    assert_eq!(fs::read_to_string("/mnt/file").unwrap(), "kept\n");
+    let refused = nacre("close", &[&again]);
+    assert_eq!(refused.status.code(), Some(6), "{}", said(&refused));
+    assert!(said(&refused).contains("mounted on /mnt"), "{}", said(&refused));
+    sh("umount /mnt");
     close(&again);
 }
 

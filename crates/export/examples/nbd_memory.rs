@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         null: kind.as_deref() == Some("null"),
         slow: kind.as_deref() == Some("slow"),
     };
-    let server = Box::new(NbdServer::start(Arc::new(store), NbdSettings::new(Listen::Unix(socket.into())))?);
+    let mut server = NbdServer::start(Arc::new(store), NbdSettings::new(Listen::Unix(socket.into())))?;
     eprintln!("{}", server.device());
     io::copy(&mut io::stdin(), &mut io::sink())?;
     Ok(server.stop()?)

@@ -19,12 +19,15 @@ pub trait FrontEnd: Send {
         Vec::new()
     }
 
-    /// Serves no new requests, finishes those that were begun, flushes the store, and takes the device away. A device of the kernel that is
-    /// in use is not taken away: it goes on being served as long as the process lives.
+    /// Serves no new requests, finishes those that were begun, flushes the store, and takes the device away. After that, or after an error,
+    /// it may be called again, and does what is left to do.
+    ///
+    /// A device of the kernel that is in use is not taken away: it goes on being served, also where the front end is dropped, as long
+    /// as the process lives.
     ///
     /// # Errors
-    /// What could not be taken away, with what uses it, or not be flushed.
-    fn stop(self: Box<Self>) -> std::io::Result<()>;
+    /// `ResourceBusy`, with what uses the device, which stays. Otherwise what could not be taken away, or not be flushed.
+    fn stop(&mut self) -> std::io::Result<()>;
 
     /// Whether the front end has ended by itself, as [`wait`](Self::wait) would find.
     fn has_ended(&self) -> bool;

@@ -43,6 +43,10 @@ fn main() -> ExitCode {
         ("requests_of_512_bytes_are_served", requests_of_512_bytes_are_served),
         ("a_damaged_block_is_an_io_error", a_damaged_block_is_an_io_error),
         ("a_device_in_use_is_not_taken_away", a_device_in_use_is_not_taken_away),
+        (
+            "a_device_in_use_is_served_after_its_front_end_was_dropped",
+            a_device_in_use_is_served_after_its_front_end_was_dropped,
+        ),
         ("a_killed_server_is_cleaned_up_after", a_killed_server_is_cleaned_up_after),
         ("a_detached_device_ends_the_wait", a_detached_device_ends_the_wait),
         ("two_servers_do_not_share_a_directory", two_servers_do_not_share_a_directory),
@@ -98,7 +102,7 @@ impl Setup {
 
     fn stop(mut self) {
         let flushes = self.store.flushes.load(Ordering::SeqCst);
-        Box::new(self.front_end.take().unwrap()).stop().unwrap();
+        self.front_end.take().unwrap().stop().unwrap();
         assert!(self.store.flushes.load(Ordering::SeqCst) > flushes, "stopping flushes");
         assert!(!self.directory.path().join("run/mount").exists());
     }
@@ -237,11 +241,32 @@ fn a_device_in_use_is_not_taken_away() {
     let mut setup = Setup::new(64 * MIB);
     let (device, at) = (setup.device(), setup.at());
     sh(&format!("mkfs.ext4 -q {device} && mount {device} {}", at.display()));
-    assert_eq!(setup.front_end.as_ref().unwrap().users(), [format!("mounted on {}", at.display())]);
-    let error = Box::new(setup.front_end.take().unwrap()).stop().unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy);
-    assert!(error.to_string().contains(&format!("mounted on {}", at.display())), "{error}");
-    // It is served as before.
+    let front_end = setup.front_end.as_mut().unwrap();
+    assert_eq!(front_end.users(), [format!("mounted on {}", at.display())]);
+    for round in 0..2 {
+        let error = front_end.stop().unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy);
+        assert!(error.to_string().contains(&format!("mounted on {}", at.display())), "{error}");
+        // It is served as before.
+        fs::write(at.join(format!("x{round}")), noise(1, 100_000)).unwrap();
+        sh(&format!("sync -f {}", at.display()));
+    }
+    sh(&format!("umount {} && e2fsck -fn {device}", at.display()));
+    // Tried again, it goes; and then there is nothing left to do.
+    front_end.stop().unwrap();
+    front_end.stop().unwrap();
+    assert!(front_end.has_ended());
+    assert!(!setup.directory.path().join("run/mount").exists());
+}
+
+fn a_device_in_use_is_served_after_its_front_end_was_dropped() {
+    if !root() || require("mkfs.ext4").is_none() {
+        return;
+    }
+    let mut setup = Setup::new(64 * MIB);
+    let (device, at) = (setup.device(), setup.at());
+    sh(&format!("mkfs.ext4 -q {device} && mount {device} {}", at.display()));
+    drop(setup.front_end.take());
     fs::write(at.join("x"), noise(1, 100_000)).unwrap();
     sh(&format!("sync -f {0} && umount {0} && e2fsck -fn {device}", at.display()));
     // And can be taken away by whoever comes next, once the process is gone: here it lives, and says so.

@@ -85,7 +85,7 @@ pub fn attach(sockets: Vec<OwnedFd>, options: Options) -> io::Result<NbdDevice> 
         }
     })?;
     let path = told.recv().map_err(|_| io::Error::other("the thread of the NBD device died"))??;
-    let device = NbdDevice { path, block_size: options.block_size, serving: Some(serving) };
+    let mut device = NbdDevice { path, block_size: options.block_size, serving: Some(serving) };
     // Its size is the last that the kernel sets of it.
     let ready = blockdev::wait_until(READY, || device.shows(options.size) || device.has_ended());
     if ready.is_err() || device.has_ended() {
@@ -177,8 +177,8 @@ impl NbdDevice {
     /// Ends the connection, and waits until it has ended. What the kernel held was to be written out before.
     ///
     /// # Errors
-    /// What ended it before, or the kernel's answer.
-    pub fn disconnect(mut self) -> io::Result<()> {
+    /// The kernel's answer; then [`has_ended`](Self::has_ended) says that it has not. Or what ended it before.
+    pub fn disconnect(&mut self) -> io::Result<()> {
         if !self.has_ended() {
             let device = open(&self.path)?;
             call(&device, DISCONNECT, 0).map_err(|error| at(&self.path, "cannot be disconnected", &error))?;

@@ -363,6 +363,37 @@ fn an_opened_disk_is_a_device_until_it_is_closed() {
 }
 
 #[test]
+fn a_device_that_another_mount_namespace_uses_stays_until_it_is_free() {
+    if !root() || !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
+        return nacre_testkit::skip("there is neither FUSE nor a loop device to be had");
+    }
+    let (Some(mkfs), Some(unshare)) = (require("mkfs.ext4"), require("unshare")) else { return };
+    let disk = Disk::formatted(&[]);
+    let output = disk.keyed("open").args(["--device", "fuse", "store"]).output().unwrap();
+    if !output.status.success() {
+        return nacre_testkit::skip(&said(&output));
+    }
+    let device = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+    run(Command::new(mkfs).args(["-q", &device]));
+    fs::create_dir(disk.place.at("mnt")).unwrap();
+    let script = format!("mount {device} mnt && echo mounted && cat && echo kept > mnt/file && umount mnt");
+    let mut elsewhere = disk.place.program(unshare);
+    elsewhere.args(["-m", "sh", "-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut elsewhere = Server(elsewhere.spawn().unwrap());
+    let mut said = [0; 8];
+    elsewhere.0.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"mounted\n");
+    for _ in 0..2 {
+        code(disk.nacre("close").arg(&device), 6, &["is in use", "cannot be seen from here"]);
+        assert_eq!(disk.info(&device)["state"], "running");
+    }
+    drop(elsewhere.0.stdin.take());
+    assert!(elsewhere.0.wait().unwrap().success());
+    run(disk.nacre("close").arg(&device));
+    run(disk.keyed("check").arg("store"));
+}
+
+#[test]
 fn a_device_grows_with_its_disk_and_may_be_taken_away_from_outside() {
     if !root() || !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
         return nacre_testkit::skip("there is neither FUSE nor a loop device to be had");

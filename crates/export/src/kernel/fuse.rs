@@ -78,14 +78,17 @@ impl FuseLoop {
         Ok(Self { served, device, openings, sectors, stopped: false })
     }
 
+    /// Every step may be the one that fails: what was done before is not done again.
     fn shut_down(&mut self) -> io::Result<()> {
-        let file = self.served.run.file();
-        // It may be gone already, and its number somebody else's.
-        if loopdev::of_file(&file).iter().any(|device| device.path() == self.device.path()) {
-            self.device.detach()?;
+        if !self.stopped {
+            let file = self.served.run.file();
+            // It may be gone already, and its number somebody else's.
+            if loopdev::of_file(&file).iter().any(|device| device.path() == self.device.path()) {
+                self.device.detach()?;
+            }
+            self.served.unmount()?;
+            self.stopped = true;
         }
-        self.served.unmount()?;
-        self.stopped = true;
         self.sectors.flush().map_err(io::Error::other)
     }
 }
@@ -105,7 +108,7 @@ impl FrontEnd for FuseLoop {
         blockdev::users(self.device.path())
     }
 
-    fn stop(mut self: Box<Self>) -> io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         self.shut_down()
     }
 

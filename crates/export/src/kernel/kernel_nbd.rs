@@ -27,8 +27,7 @@ const MOST_CONNECTIONS: usize = 4;
 /// Dropped, it does what [`FrontEnd::stop`] does, as far as that can be done.
 pub struct KernelNbd {
     name: String,
-    /// `None` once it was disconnected.
-    device: Option<NbdDevice>,
+    device: NbdDevice,
     servers: Vec<JoinHandle<()>>,
     transmission: Transmission,
     stopped: bool,
@@ -63,26 +62,34 @@ impl KernelNbd {
         // Where this fails, the sockets are closed and the servers end.
         let device = nbd_client::attach(sockets, client).map_err(StartError::failed("make an NBD device"))?;
         let name = device.path().display().to_string();
-        Ok(Self { name, device: Some(device), servers, transmission, stopped: false })
+        Ok(Self { name, device, servers, transmission, stopped: false })
     }
 
+    /// Every step may be the one that fails: what was done before is not done again.
     fn shut_down(&mut self) -> io::Result<()> {
+        let ended = if self.stopped { Ok(()) } else { self.take_away()? };
+        self.stopped = true;
+        self.transmission.flush().map_err(io::Error::other)?;
+        ended
+    }
+
+    /// What ended the device, once it is gone.
+    fn take_away(&mut self) -> io::Result<io::Result<()>> {
         // What the kernel holds is written out first; and nobody can mount it meanwhile.
-        let claimed = match &self.device {
-            Some(device) if !device.has_ended() => Some(blockdev::claim(device.path())?),
-            _ => None,
-        };
+        let claimed = if self.device.has_ended() { None } else { Some(blockdev::claim(self.device.path())?) };
         if let Some(Err(error)) = claimed.as_ref().map(File::sync_all) {
             tracing::error!(device = self.name, %error, "not all that was written could be written out");
         }
-        let ended = self.device.take().map_or(Ok(()), NbdDevice::disconnect);
+        let ended = match self.device.disconnect() {
+            // Its servers have to go on.
+            Err(error) if !self.device.has_ended() => return Err(error),
+            ended => ended,
+        };
         drop(claimed);
         for server in self.servers.drain(..) {
             server.join().map_err(|_| io::Error::other("a thread that served NBD died"))?;
         }
-        self.stopped = true;
-        self.transmission.flush().map_err(io::Error::other)?;
-        ended
+        Ok(ended)
     }
 }
 
@@ -95,21 +102,21 @@ impl FrontEnd for KernelNbd {
         blockdev::users(Path::new(&self.name))
     }
 
-    fn stop(mut self: Box<Self>) -> io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         self.shut_down()
     }
 
     fn has_ended(&self) -> bool {
-        self.device.as_ref().is_none_or(NbdDevice::has_ended)
+        self.device.has_ended()
     }
 
     fn resized(&self) -> io::Result<()> {
         // The server knows already: what the kernel is told here it may ask for at once.
-        self.device.as_ref().map_or(Ok(()), |device| device.resize(self.transmission.size()))
+        self.device.resize(self.transmission.size())
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        self.device.as_mut().map_or(Ok(()), NbdDevice::wait)
+        self.device.wait()
     }
 }
 

@@ -135,7 +135,16 @@ impl Ublk {
         Ok(thread)
     }
 
+    /// Every step may be the one that fails: what was done before is not done again, or does no harm.
     fn shut_down(&mut self) -> io::Result<()> {
+        if !self.stopped {
+            self.take_away()?;
+            self.stopped = true;
+        }
+        self.sectors.flush().map_err(io::Error::other)
+    }
+
+    fn take_away(&mut self) -> io::Result<()> {
         let block = self.id.block();
         // What the kernel holds is written out while the queues are served; and nobody can mount it meanwhile.
         let claimed = if block.exists() { Some(blockdev::claim(&block)?) } else { None };
@@ -147,9 +156,7 @@ impl Ublk {
         for queue in self.queues.drain(..) {
             queue.join().map_err(|_| io::Error::other("the thread of a queue died"))?;
         }
-        self.control.delete(self.id)?;
-        self.stopped = true;
-        self.sectors.flush().map_err(io::Error::other)
+        self.control.delete(self.id)
     }
 }
 
@@ -162,7 +169,7 @@ impl FrontEnd for Ublk {
         blockdev::users(&self.id.block())
     }
 
-    fn stop(mut self: Box<Self>) -> io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         self.shut_down()
     }
 

@@ -131,7 +131,7 @@ impl FrontEnd for NbdServer {
         self.devices.first().cloned().unwrap_or_default()
     }
 
-    fn stop(mut self: Box<Self>) -> io::Result<()> {
+    fn stop(&mut self) -> io::Result<()> {
         let ended = self.end();
         self.inner.shared.sectors.flush().map_err(io::Error::other)?;
         ended

@@ -23,7 +23,7 @@ use nacre_export::{
 struct Fixture<S: ?Sized = Memory> {
     directory: tempfile::TempDir,
     store: Arc<S>,
-    server: Option<Box<NbdServer>>,
+    server: Option<NbdServer>,
 }
 
 impl Fixture {
@@ -43,7 +43,7 @@ impl<S: ?Sized> Fixture<S> {
         let directory = tempfile::tempdir().unwrap();
         let mut settings = NbdSettings::new(Listen::Unix(directory.path().join("nbd.sock")));
         change(&mut settings);
-        let server = Some(Box::new(NbdServer::start(served, settings).unwrap()));
+        let server = Some(NbdServer::start(served, settings).unwrap());
         Self { directory, store, server }
     }
 

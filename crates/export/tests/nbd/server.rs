@@ -93,7 +93,13 @@ fn the_end_finishes_what_was_begun_and_flushes() {
 fn a_flush_that_fails_at_the_end_is_said() {
     let mut fixture = Fixture::new(1 << 20);
     fixture.store.flush_fails.store(true, SeqCst);
-    assert!(fixture.stop().unwrap_err().to_string().contains("the medium is gone"));
+    let mut server = fixture.server.take().unwrap();
+    assert!(server.stop().unwrap_err().to_string().contains("the medium is gone"));
+    assert!(server.has_ended());
+    // What could not be done can be tried again.
+    fixture.store.flush_fails.store(false, SeqCst);
+    server.stop().unwrap();
+    assert_eq!(fixture.store.flushes.load(SeqCst), 2);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A disk that this process runs, until it is told to end: by a signal, or by `close`.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -76,44 +77,83 @@ pub(super) fn run(
     }
     slot.announce(&record)?;
     ready(&record.devices, &slot)?;
-    let mut size = disk.size();
-    loop {
-        if !end.wait_for(LOOK)? && !front_end.has_ended() {
-            let now = disk.size();
-            if now != size
-                && let Err(error) = front_end.resized()
-            {
-                tracing::warn!(%error, "the disk has grown to {now} bytes, and its device has not");
-            }
-            size = now;
-            continue;
-        }
-        if front_end.has_ended() {
-            tracing::warn!("{} was taken away; the disk is closed", record.devices.join(", "));
-            break;
-        }
-        match users(&record.devices).as_slice() {
-            [] => break,
-            // Whoever has it mounted would lose what is not written yet.
-            busy => {
-                let what = format!("{} is in use: {}; it stays", record.devices.join(", "), busy.join(", "));
-                tracing::warn!("{what}");
-                // Somebody mounted it after `close` had looked.
-                if closing.swap(false, Ordering::SeqCst) {
-                    let _ = tell.send(Outcome { result: Err(Refused::of(&InUse(what).into())), ended: false });
-                }
-            }
-        }
-    }
-    let result = stop(front_end, &disk, args.read_only);
+    let running = Running { front_end, disk, record, users, closing: closing.clone(), tell: tell.clone() };
+    let result = running.until_end(&end, args.read_only);
     let told = result.as_ref().map_err(Refused::of).copied();
     let heard = tell.send(Outcome { result: told, ended: true }).is_ok();
     // Whoever asked hears of it before the process ends, and that it has ended when the store is free again.
     let last = if heard && closing.load(Ordering::SeqCst) { service.join().ok() } else { None };
-    drop(disk);
     drop(slot);
     drop(last);
     result
+}
+
+/// A disk with its front end.
+struct Running {
+    front_end: Box<dyn FrontEnd>,
+    disk: Arc<Disk>,
+    record: Record,
+    users: fn(&[String]) -> Vec<String>,
+    /// Somebody waits for the outcome of `close`.
+    closing: Arc<AtomicBool>,
+    tell: mpsc::Sender<Outcome>,
+}
+
+impl Running {
+    /// Serves until it is told to end and nobody uses the devices, or until they are taken away; then brings the disk into good order.
+    fn until_end(mut self, end: &EndSignals, read_only: bool) -> anyhow::Result<()> {
+        let mut size = self.disk.size();
+        let stopped = loop {
+            if !end.wait_for(LOOK)? && !self.front_end.has_ended() {
+                self.follow(&mut size);
+                continue;
+            }
+            let gone = self.front_end.has_ended();
+            if gone {
+                tracing::warn!("{} was taken away; the disk is closed", self.devices());
+            } else if let busy = (self.users)(&self.record.devices)
+                && !busy.is_empty()
+            {
+                self.stay(format!("{} is in use: {}", self.devices(), busy.join(", ")));
+                continue;
+            }
+            match self.front_end.stop() {
+                // By what cannot be seen from here: another mount namespace has it mounted, or somebody did so this instant.
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && !gone => self.stay(error.to_string()),
+                stopped => break stopped.context("the front end did not end well"),
+            }
+        };
+        drop(self.front_end);
+        // Also after that: what was acknowledged is brought into good order.
+        if !read_only {
+            self.disk.shut()?;
+        }
+        stopped
+    }
+
+    fn devices(&self) -> String {
+        self.record.devices.join(", ")
+    }
+
+    /// Makes the device as large as the disk.
+    fn follow(&self, size: &mut u64) {
+        let now = self.disk.size();
+        if now != *size
+            && let Err(error) = self.front_end.resized()
+        {
+            tracing::warn!(%error, "the disk has grown to {now} bytes, and its device has not");
+        }
+        *size = now;
+    }
+
+    /// Does not end: whoever has the device mounted would lose what is not written yet.
+    fn stay(&self, why: String) {
+        tracing::warn!("{why}; it stays");
+        // Somebody mounted it after `close` had looked.
+        if self.closing.swap(false, Ordering::SeqCst) {
+            let _ = self.tell.send(Outcome { result: Err(Refused::of(&InUse(why).into())), ended: false });
+        }
+    }
 }
 
 fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result<Disk> {
@@ -134,15 +174,6 @@ fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result
         ..OpenOptions::default()
     };
     Ok(Disk::open(store, &root, anchor, &options)?)
-}
-
-fn stop(front_end: Box<dyn FrontEnd>, disk: &Disk, read_only: bool) -> anyhow::Result<()> {
-    let stopped = front_end.stop().context("the front end did not end well");
-    // Also after that: what was acknowledged is brought into good order.
-    if !read_only {
-        disk.shut()?;
-    }
-    stopped
 }
 
 fn text(disk: &Disk, store: &str) -> String {
