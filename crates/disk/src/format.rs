@@ -209,3 +209,161 @@ fn refuse_what_is_there(store: &dyn BlockStore) -> Result<(), DiskError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        io,
+        sync::{Arc, Mutex, PoisonError},
+    };
+
+    use nacre_core::{BlockError, NoProgress};
+    use nacre_testkit::sim::SimStore;
+
+    use super::*;
+    use crate::{CheckOptions, Disk, OpenOptions};
+
+    /// A store like dm-integrity's devices: a block whose checksum does not fit cannot be read until it is written.
+    struct Checksummed {
+        store: Arc<SimStore>,
+        unreadable: Mutex<BTreeSet<u64>>,
+    }
+
+    impl Checksummed {
+        fn new(store: Arc<SimStore>, unreadable: impl IntoIterator<Item = u64>) -> Arc<Self> {
+            Arc::new(Self { store, unreadable: Mutex::new(unreadable.into_iter().collect()) })
+        }
+
+        fn unreadable(&self, offset: u64, length: u64) -> Vec<u64> {
+            let unreadable = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
+            unreadable.range(offset / BLOCK..(offset + length).div_ceil(BLOCK)).copied().collect()
+        }
+    }
+
+    impl BlockStore for Checksummed {
+        fn size(&self) -> u64 {
+            self.store.size()
+        }
+
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BlockError> {
+            let length = buffer.len() as u64;
+            if !self.unreadable(offset, length).is_empty() {
+                return Err(BlockError::io("read", offset, length, io::Error::other("its checksum does not fit")));
+            }
+            self.store.read_at(offset, buffer)
+        }
+
+        fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+            self.store.write_at(offset, data)?;
+            let blocks = offset / BLOCK..offset / BLOCK + data.len() as u64 / BLOCK;
+            self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).retain(|block| !blocks.contains(block));
+            Ok(())
+        }
+
+        fn flush(&self) -> Result<(), BlockError> {
+            self.store.flush()
+        }
+
+        fn trim(&self, offset: u64, length: u64) -> Result<(), BlockError> {
+            self.store.trim(offset, length)
+        }
+
+        fn describe(&self) -> String {
+            "a store with checksums".to_owned()
+        }
+    }
+
+    const SIZE: u64 = 32 << 20;
+
+    fn options(force: bool) -> FormatOptions {
+        FormatOptions { size: Some(SIZE), force, ..FormatOptions::default() }
+    }
+
+    fn key() -> RootKey {
+        RootKey::from_bytes(&[7; 32]).unwrap()
+    }
+
+    fn geometry() -> Geometry {
+        Geometry::plan(SIZE / BLOCK, 10)
+    }
+
+    fn open(store: &Arc<Checksummed>) -> Disk {
+        Disk::open(store.clone(), &key(), None, &OpenOptions::default()).unwrap()
+    }
+
+    /// It is as good as any: empty, takes writes, has them when it is opened again, and is whole.
+    #[track_caller]
+    fn assert_new_disk(store: &Arc<Checksummed>) {
+        let disk = open(store);
+        let mut read = vec![1; 1 << 20];
+        for offset in (0..SIZE).step_by(1 << 20) {
+            disk.read_at(offset, &mut read).unwrap();
+            assert!(read.iter().all(|byte| *byte == 0), "something is at {offset} of a new disk");
+        }
+        for offset in (0..SIZE).step_by(1 << 20) {
+            disk.write_at(offset, &[9; 8192]).unwrap();
+            disk.flush().unwrap();
+        }
+        disk.close().unwrap();
+        let disk = open(store);
+        disk.read_at(SIZE - (1 << 20), &mut read).unwrap();
+        assert!(read.iter().enumerate().all(|(at, byte)| *byte == if at < 8192 { 9 } else { 0 }));
+        disk.close().unwrap();
+        let report = crate::check(store.clone(), &key(), None, &CheckOptions::default(), &NoProgress).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+    }
+
+    #[test]
+    fn a_store_of_which_nothing_can_be_read_yet_becomes_a_disk() {
+        let store = SimStore::new(store_size_for(&options(true)).unwrap());
+        let blocks = store.size() / BLOCK;
+        let store = Checksummed::new(store, 0..blocks);
+        // What is there cannot be told; that is for the user to say.
+        let error = format(&*store, &key(), None, &options(false)).unwrap_err();
+        assert!(matches!(error, DiskError::Block(BlockError::Io { .. })), "{error}");
+        assert_eq!(store.store.counts().writes, 0);
+        format(&*store, &key(), None, &options(true)).unwrap();
+        let ring = geometry().journal_start()..geometry().data_start();
+        assert!(store.unreadable(0, ring.end * BLOCK).iter().all(|block| !ring.contains(block)));
+        assert_new_disk(&store);
+    }
+
+    #[test]
+    fn a_ring_with_blocks_that_cannot_be_read_is_written_and_what_was_in_it_is_gone() {
+        let ring = geometry().journal_start()..geometry().data_start();
+        for every in [1, 7, 300] {
+            let store = SimStore::new(store_size_for(&options(true)).unwrap());
+            let unbroken = Checksummed::new(store.clone(), []);
+            format(&*unbroken, &key(), None, &options(false)).unwrap();
+            let disk = open(&unbroken);
+            for block in 0..ring.end - ring.start {
+                disk.write_at(block * BLOCK, &[5; BLOCK_SIZE]).unwrap();
+                disk.flush().unwrap();
+            }
+            // A crash: the ring is what the next one would begin with.
+            drop(disk);
+            let store = Checksummed::new(store, ring.clone().step_by(every));
+            format(&*store, &key(), None, &options(true)).unwrap();
+            let mut left = vec![1; usize::try_from((ring.end - ring.start) * BLOCK).unwrap()];
+            store.read_at(ring.start * BLOCK, &mut left).unwrap();
+            assert!(left.iter().all(|byte| *byte == 0), "every {every}");
+            assert_new_disk(&store);
+        }
+    }
+
+    #[test]
+    fn a_ring_that_cannot_be_written_is_an_error() {
+        use nacre_testkit::sim::{Fault, FaultKind, Target};
+        let store = SimStore::new(store_size_for(&options(true)).unwrap());
+        // The superblocks and both checkpoints come first.
+        store.fail(Fault { target: Target::Write, after: 3, kind: FaultKind::Io, times: 1 });
+        let blocks = store.size() / BLOCK;
+        let store = Checksummed::new(store, 2..blocks);
+        let error = format(&*store, &key(), None, &options(false)).unwrap_err();
+        assert!(matches!(error, DiskError::Block(BlockError::Io { op: "write", .. })), "{error}");
+        store.store.heal();
+        let none = Disk::open(store.clone(), &key(), None, &OpenOptions::default()).map(drop).unwrap_err();
+        assert!(matches!(none, DiskError::NoDisk { .. }), "{none}");
+    }
+}
