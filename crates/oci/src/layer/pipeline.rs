@@ -294,3 +294,108 @@ fn apply(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nacre_core::NoProgress;
+    use nacre_testkit::{Compression as Compress, Rng};
+
+    use super::*;
+    use crate::{manifest::Descriptor, unpack::UnpackOptions};
+
+    const FORMATS: [(Compress, &str); 2] = [(Compress::Gzip, "+gzip"), (Compress::Zstd, "+zstd")];
+
+    /// Bytes that take some buffers, compressed.
+    fn blob(compress: Compress, suffix: &str) -> (Digest, Descriptor, Vec<u8>) {
+        let tar = Rng::new(1).bytes(2 << 20);
+        let blob = compress.apply(&tar);
+        let descriptor = Descriptor::of(format!("application/vnd.oci.image.layer.v1.tar{suffix}").as_str(), &blob);
+        (Digest::sha256(&tar), descriptor, blob)
+    }
+
+    /// What the decompressor says of these bytes, after which the blob just ends, and all of whose output is wanted.
+    fn decompressed(plan: &LayerPlan<'_>, bytes: &[u8], give_up: bool) -> Result<Option<Digest>, LayerError> {
+        let give_up = AtomicBool::new(give_up);
+        let ((blob_in, blob_out), (tar_in, tar_out)) = (pipe(BLOB_BUFFER), pipe(TAR_BUFFER));
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                for part in bytes.chunks(BLOB_BUFFER.0) {
+                    let Ok(mut buffer) = blob_in.buffer() else { return };
+                    buffer[..part.len()].copy_from_slice(part);
+                    if blob_in.send(buffer, part.len()).is_err() {
+                        return;
+                    }
+                }
+            });
+            scope.spawn(move || tar_out.drain());
+            // Both ends go with its end, so that neither thread waits for it.
+            let (blob_out, tar_in) = (blob_out, tar_in);
+            decompress(plan, &blob_out, &tar_in, &give_up)
+        })
+    }
+
+    #[test]
+    fn a_decompressor_that_is_told_to_give_up_calls_nothing_corrupt() {
+        for (compress, suffix) in FORMATS {
+            let (tar, descriptor, blob) = blob(compress, suffix);
+            let options = UnpackOptions::default();
+            let plan = LayerPlan::new(&descriptor, tar, None, &options).unwrap();
+            // Wherever the reader stopped: before the first byte, in the header, in the data, before the checksum.
+            for length in [0, 1, 5, 1000, BLOB_BUFFER.0, 1 << 20, blob.len() - 4, blob.len() - 1] {
+                let cut = &blob[..length];
+                assert!(matches!(decompressed(&plan, cut, true), Ok(None)), "{suffix}, {length}");
+                // Where nobody gave up, it is.
+                assert!(
+                    matches!(decompressed(&plan, cut, false), Err(LayerError::Corrupt { .. })),
+                    "{suffix}, {length}"
+                );
+            }
+            // What came in whole is what it is, and says so.
+            for give_up in [false, true] {
+                assert_eq!(decompressed(&plan, &blob, give_up).unwrap(), Some(tar), "{suffix}");
+            }
+        }
+    }
+
+    /// A blob during whose second read the disk gets full: the unpacker gives up then.
+    struct UntilFull<'a> {
+        blob: &'a [u8],
+        reads: usize,
+        give_up: &'a AtomicBool,
+    }
+
+    impl Read for UntilFull<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.reads += 1;
+            if self.reads == 2 {
+                self.give_up.store(true, Ordering::Relaxed);
+            }
+            self.blob.read(buffer)
+        }
+    }
+
+    #[test]
+    fn when_unpacking_fails_reader_and_decompressor_end_without_an_error_of_their_own() {
+        for (compress, suffix) in FORMATS {
+            let (tar, descriptor, blob) = blob(compress, suffix);
+            let options = UnpackOptions::default();
+            let plan = LayerPlan::new(&descriptor, tar, None, &options).unwrap();
+            let give_up = AtomicBool::new(false);
+            let ((blob_in, blob_out), (tar_in, tar_out)) = (pipe(BLOB_BUFFER), pipe(TAR_BUFFER));
+            let stream = UntilFull { blob: &blob, reads: 0, give_up: &give_up };
+            let (read, decompressed) = thread::scope(|scope| {
+                let reader = scope.spawn(|| {
+                    let blob_in = blob_in;
+                    read(stream, &plan, None, &blob_in, &NoProgress, &give_up)
+                });
+                // The unpacker still takes what comes, so that nothing but the blob's end stops the decompressor.
+                scope.spawn(move || tar_out.drain());
+                let decompressed = decompress(&plan, &blob_out, &tar_in, &give_up);
+                drop((blob_out, tar_in));
+                (reader.join().unwrap(), decompressed)
+            });
+            read.unwrap();
+            assert!(matches!(decompressed, Ok(None)), "{suffix}: {decompressed:?}");
+        }
+    }
+}
