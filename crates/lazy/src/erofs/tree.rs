@@ -20,6 +20,7 @@ use thiserror::Error;
 use super::layout::{Device, FileType, MOST_TARGET, Timestamp, is_name};
 use xattrs::Xattrs;
 
+mod place;
 mod remove;
 mod view;
 pub(crate) mod xattrs;

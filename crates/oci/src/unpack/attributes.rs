@@ -87,7 +87,7 @@ pub(crate) fn times(entry: &Entry) -> Timestamps {
 }
 
 /// Whether an attribute of the tar is set: not those that are the host's business, or overlayfs' own.
-pub(crate) fn is_wanted(name: &[u8]) -> bool {
+pub fn is_wanted(name: &[u8]) -> bool {
     !(name.starts_with(b"trusted.overlay.")
         || name.starts_with(b"user.overlay.")
         || matches!(name, b"security.selinux" | b"system.nfs4_acl" | b"user.rootlesscontainers"))

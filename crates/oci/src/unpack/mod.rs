@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use adjust::adjust_layer;
 pub use apply::Applier;
+pub use attributes::is_wanted;
 pub use limits::{LimitExceeded, Limits};
 pub use remove::remove_tree;
 
@@ -26,7 +27,7 @@ mod apply;
 mod attributes;
 mod dirs;
 mod limits;
-mod names;
+pub mod names;
 mod remove;
 pub mod tar;
 

@@ -6,7 +6,10 @@ use super::{Limits, UnpackError, limits::check};
 const WHITEOUT: &[u8] = b".wh.";
 
 /// Splits a name into components, dropping empty ones and `.`; a leading slash means the root of the layer, as to every engine.
-pub(crate) fn components<'a>(path: &'a [u8], limits: &Limits) -> Result<Vec<&'a [u8]>, UnpackError> {
+///
+/// # Errors
+/// [`UnpackError`]: a `..`, or too many components
+pub fn components<'a>(path: &'a [u8], limits: &Limits) -> Result<Vec<&'a [u8]>, UnpackError> {
     let parts: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     if parts.contains(&&b".."[..]) {
         return Err(UnpackError::refused(path, "its name has a '..' component"));
@@ -17,7 +20,8 @@ pub(crate) fn components<'a>(path: &'a [u8], limits: &Limits) -> Result<Vec<&'a 
 }
 
 /// What an entry's last component means.
-pub(crate) enum Meaning<'a> {
+pub enum Meaning<'a> {
+    /// The entry itself.
     Plain,
     /// `.wh.<name>`: the name is gone.
     Whiteout(&'a [u8]),
@@ -28,7 +32,10 @@ pub(crate) enum Meaning<'a> {
 }
 
 /// Reads the whiteout names of the image specification (layer.md, "Whiteouts").
-pub(crate) fn meaning<'a>(path: &[u8], parts: &[&'a [u8]]) -> Result<Meaning<'a>, UnpackError> {
+///
+/// # Errors
+/// [`UnpackError`]: something below a whiteout, or a whiteout of nothing
+pub fn meaning<'a>(path: &[u8], parts: &[&'a [u8]]) -> Result<Meaning<'a>, UnpackError> {
     let Some((last, parents)) = parts.split_last() else { return Ok(Meaning::Plain) };
     for parent in parents {
         if parent.starts_with(b".wh..wh.") {
@@ -48,7 +55,7 @@ pub(crate) fn meaning<'a>(path: &[u8], parts: &[&'a [u8]]) -> Result<Meaning<'a>
 }
 
 /// A name for messages: as text, and not too long.
-pub(crate) fn shown(path: &[u8]) -> String {
+pub fn shown(path: &[u8]) -> String {
     const LONGEST: usize = 200;
     let text = String::from_utf8_lossy(path);
     let mut shown: String = text.chars().take(LONGEST).flat_map(char::escape_debug).collect();

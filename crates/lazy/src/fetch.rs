@@ -1,0 +1,306 @@
+//! Stored chunks, verified: from the cache where it has them right, else from their source, whatever it takes within a time.
+//!
+//! Chunks that lie near each other in a blob come in one request. A chunk that somebody is fetching is waited for, not fetched twice.
+//! What comes from a source is verified before it is put into the cache or given to anybody.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{
+    cache::Cache,
+    chunk::verify,
+    format::{ChunkEntry, DIGEST},
+    source::{BlobId, Blobs, SourceError},
+};
+
+/// The most bytes of a request.
+pub const REQUEST: u64 = 4 << 20;
+/// The most bytes between two chunks of a request that are fetched for nothing: about what a request costs at 100 Mbit/s and 20 ms.
+const GAP: u64 = 32 << 10;
+/// The first wait before something is tried again; each next one is twice as long, up to [`LONGEST_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// Why a chunk cannot be had.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum FetchError {
+    /// No source gave it, for as long as a read may wait.
+    #[error("gave up after {attempts} attempts: {last}")]
+    Source {
+        /// How often it was tried.
+        attempts: u32,
+        /// The last failure.
+        #[source]
+        last: SourceError,
+    },
+    /// Every source gives something else.
+    #[error("{blob}: {found}; gave up after {attempts} attempts")]
+    Wrong {
+        /// Of which blob.
+        blob: BlobId,
+        /// What is wrong with it.
+        found: String,
+        /// How often it was tried.
+        attempts: u32,
+    },
+}
+
+/// What was done so far.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes that sources gave.
+    pub fetched_bytes: AtomicU64,
+    /// Requests to sources.
+    pub requests: AtomicU64,
+    /// Requests that failed or gave wrong bytes, and were made again.
+    pub retries: AtomicU64,
+    /// Chunks that the cache had.
+    pub cache_hits: AtomicU64,
+    /// Chunks that the cache had, and had wrong.
+    pub cache_healed: AtomicU64,
+}
+
+/// A chunk to be had: where it is, and what it must be.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// In which blob.
+    pub blob: BlobId,
+    /// Its entry.
+    pub entry: ChunkEntry,
+}
+
+impl Wanted {
+    fn range(&self) -> Range<u64> {
+        let place = self.entry.place.get();
+        place..place + u64::from(self.entry.stored.get())
+    }
+}
+
+type Outcome = Result<Arc<Vec<u8>>, FetchError>;
+
+/// A chunk that somebody fetches.
+#[derive(Default)]
+struct Flight {
+    outcome: Mutex<Option<Outcome>>,
+    landed: Condvar,
+}
+
+/// Fetches chunks for every image of a process.
+pub struct Fetcher {
+    cache: Option<Cache>,
+    patience: Duration,
+    flights: Mutex<HashMap<[u8; DIGEST], Arc<Flight>>>,
+    /// What happened.
+    pub counters: Counters,
+}
+
+impl Fetcher {
+    /// A fetcher with a cache, or without; a read waits `patience` for sources that fail.
+    pub fn new(cache: Option<Cache>, patience: Duration) -> Self {
+        Self { cache, patience, flights: Mutex::default(), counters: Counters::default() }
+    }
+
+    /// The cache.
+    pub fn cache(&self) -> Option<&Cache> {
+        self.cache.as_ref()
+    }
+
+    /// The stored bytes of chunks that the cache has, verified; `None` for those that it has not.
+    pub fn cached(&self, wanted: &[Wanted]) -> Vec<Option<Vec<u8>>> {
+        let Some(cache) = &self.cache else { return wanted.iter().map(|_| None).collect() };
+        let mut found = Vec::with_capacity(wanted.len());
+        for group in groups(wanted, 0) {
+            let Some(chunks) = wanted.get(group) else { continue };
+            self.cached_group(cache, chunks, &mut found);
+        }
+        found
+    }
+
+    /// Chunks that follow each other in a blob: one read of the cache.
+    fn cached_group(&self, cache: &Cache, chunks: &[Wanted], found: &mut Vec<Option<Vec<u8>>>) {
+        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return };
+        let start = first.range().start;
+        let mut bytes = vec![0; usize::try_from(last.range().end - start).unwrap_or(0)];
+        let whole = cache.read(&first.blob, start, &mut bytes);
+        if chunks.len() == 1 {
+            found.push((whole && self.is_right(first, &bytes)).then_some(bytes));
+            return;
+        }
+        for chunk in chunks {
+            let range = within(&chunk.range(), start);
+            // The end of a group may lie behind what the cache has of a file, and its beginning not.
+            let right = match (whole, bytes.get_mut(range.clone())) {
+                (_, None) => false,
+                (true, Some(piece)) => self.is_right(chunk, piece),
+                (false, Some(piece)) => {
+                    cache.read(&chunk.blob, chunk.range().start, piece) && self.is_right(chunk, piece)
+                }
+            };
+            found.push(right.then(|| bytes.get(range).unwrap_or_default().to_vec()));
+        }
+    }
+
+    fn is_right(&self, chunk: &Wanted, bytes: &[u8]) -> bool {
+        let ends = bytes.first_chunk::<16>().zip(bytes.last_chunk::<16>());
+        if ends.is_some_and(|(first, last)| *first == [0; 16] && *last == [0; 16]) {
+            // A hole, most likely: not worth a digest, and a chunk of such bytes is fetched each time.
+            return false;
+        }
+        let right = verify(&chunk.entry, bytes).is_ok();
+        let counter = if right { &self.counters.cache_hits } else { &self.counters.cache_healed };
+        counter.fetch_add(1, Ordering::Relaxed);
+        right
+    }
+
+    /// The stored bytes of chunks, verified, in their order.
+    ///
+    /// # Errors
+    /// [`FetchError`], when the time is over
+    pub fn fetch(&self, source: &dyn Blobs, wanted: &[Wanted]) -> Result<Vec<Arc<Vec<u8>>>, FetchError> {
+        let (mut mine, mut others) = (Vec::new(), HashMap::new());
+        {
+            let mut flights = lock(&self.flights);
+            for chunk in wanted {
+                let digest = chunk.entry.digest;
+                if others.contains_key(&digest) {
+                    continue;
+                }
+                let flight = match flights.get(&digest) {
+                    Some(flight) => Arc::clone(flight),
+                    None => {
+                        let flight = Arc::new(Flight::default());
+                        flights.insert(digest, Arc::clone(&flight));
+                        mine.push(*chunk);
+                        flight
+                    }
+                };
+                others.insert(digest, flight);
+            }
+        }
+        self.fly(source, mine);
+        wanted
+            .iter()
+            .map(|chunk| {
+                others
+                    .get(&chunk.entry.digest)
+                    .map_or_else(|| unreachable!("every chunk has a flight"), |flight| flight.wait())
+            })
+            .collect()
+    }
+
+    /// Fetches chunks that nobody else does, and tells everybody of each.
+    fn fly(&self, source: &dyn Blobs, mut mine: Vec<Wanted>) {
+        mine.sort_by_key(|chunk| (chunk.blob.digest, chunk.range().start));
+        let deadline = Instant::now() + self.patience;
+        for group in groups(&mine, GAP) {
+            let Some(mut chunks) = mine.get(group).map(<[Wanted]>::to_vec) else { continue };
+            let (mut attempt, mut wait) = (0, FIRST_WAIT);
+            while !chunks.is_empty() {
+                let failure = self.request(source, &mut chunks, attempt);
+                attempt += 1;
+                let Some((failure, again)) = failure else { continue };
+                let now = Instant::now();
+                if !again || now + wait > deadline {
+                    for chunk in chunks.drain(..) {
+                        self.land(&chunk, Err(failure(attempt)));
+                    }
+                    break;
+                }
+                self.counters.retries.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(wait);
+                wait = (wait * 2).min(LONGEST_WAIT);
+            }
+        }
+    }
+
+    /// One request: chunks that came right leave the list. Gives why others did not, and whether that may change.
+    #[expect(clippy::type_complexity, reason = "a failure that does not know yet how often it was tried")]
+    fn request(
+        &self,
+        source: &dyn Blobs,
+        chunks: &mut Vec<Wanted>,
+        attempt: u32,
+    ) -> Option<(Box<dyn Fn(u32) -> FetchError>, bool)> {
+        let (first, last) = (chunks.first()?, chunks.last()?);
+        let (blob, start) = (first.blob, first.range().start);
+        let mut bytes = vec![0; usize::try_from(last.range().end - start).ok()?];
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        if let Err(last) = source.read(&blob, start, &mut bytes, attempt) {
+            let again = last.temporary;
+            return Some((Box::new(move |attempts| FetchError::Source { attempts, last: last.clone() }), again));
+        }
+        self.counters.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let mut wrong = None;
+        chunks.retain(|chunk| {
+            let Some(piece) = bytes.get(within(&chunk.range(), start)) else { return true };
+            if let Err(error) = verify(&chunk.entry, piece) {
+                tracing::warn!("{blob}: {error}; it is asked for again");
+                wrong = Some(error.to_string());
+                return true;
+            }
+            if let Some(cache) = &self.cache {
+                cache.write(&blob, chunk.range().start, piece);
+            }
+            self.land(chunk, Ok(Arc::new(piece.to_vec())));
+            false
+        });
+        let found = wrong?;
+        Some((Box::new(move |attempts| FetchError::Wrong { blob, found: found.clone(), attempts }), true))
+    }
+
+    fn land(&self, chunk: &Wanted, outcome: Outcome) {
+        if let Some(flight) = lock(&self.flights).remove(&chunk.entry.digest) {
+            *lock(&flight.outcome) = Some(outcome);
+            flight.landed.notify_all();
+        }
+    }
+}
+
+impl Flight {
+    fn wait(&self) -> Outcome {
+        let mut outcome = lock(&self.outcome);
+        loop {
+            match &*outcome {
+                Some(outcome) => return outcome.clone(),
+                None => outcome = self.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+/// Where chunks are near enough to each other to come together: same blob, ascending, at most `gap` bytes between them.
+fn groups(wanted: &[Wanted], gap: u64) -> impl Iterator<Item = Range<usize>> + use<'_> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let first = wanted.get(at)?;
+        let (start, begin, mut end) = (at, first.range().start, first.range().end);
+        at += 1;
+        while let Some(next) = wanted.get(at) {
+            let range = next.range();
+            let near = next.blob == first.blob && range.start >= end && range.start - end <= gap;
+            if !near || range.end - begin > REQUEST {
+                break;
+            }
+            end = range.end;
+            at += 1;
+        }
+        Some(start..at)
+    })
+}
+
+/// A range of a blob within bytes that begin at `start`.
+fn within(range: &Range<u64>, start: u64) -> Range<usize> {
+    let place = |at: u64| usize::try_from(at.saturating_sub(start)).unwrap_or(usize::MAX);
+    place(range.start)..place(range.end)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,386 @@
+//! The verified reader: bytes of an image's data device.
+//!
+//! One thread answers one read: entries of the table, then chunks, from memory, from the cache, from the source; each verified,
+//! decrypted, decompressed, straight into the answer where all of it is wanted. A chunk of which only a part is wanted is kept for a
+//! while, since the next read is likely to want the rest.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{
+    chunk::Opener,
+    fetch::{FetchError, Fetcher, Wanted},
+    format::{ChunkEntry, Cipher, DIGEST, FormatError, Method, Summary},
+    image::{Table, TableError},
+    source::{BlobId, Blobs},
+};
+
+/// Bytes of decoded chunks that are kept, for all images of a process.
+const KEPT: usize = 8 << 20;
+/// A reader that goes on where it left off has this much fetched ahead of it at first, and twice as much each time, up to the most.
+const AHEAD: u64 = 128 << 10;
+const MOST_AHEAD: u64 = 4 << 20;
+
+/// Why bytes of an image cannot be read.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The table.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The chunk's stored bytes.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// What is in them.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The range is not all within the device.
+    #[error("bytes {offset} to {end} are beyond the data device's {size}")]
+    Range {
+        /// The first.
+        offset: u64,
+        /// The one after the last.
+        end: u64,
+        /// The device.
+        size: u64,
+    },
+    /// There is no memory.
+    #[error("no memory to decompress: {0}")]
+    Memory(String),
+}
+
+/// Decoded chunks, the least recently used go first.
+#[derive(Default)]
+struct Kept {
+    chunks: HashMap<[u8; DIGEST], (Arc<Vec<u8>>, u64)>,
+    bytes: usize,
+    clock: u64,
+}
+
+/// What all images of a process share.
+pub struct Shared {
+    /// Gets stored chunks.
+    pub fetcher: Fetcher,
+    kept: Mutex<Kept>,
+}
+
+impl Shared {
+    /// With this fetcher.
+    pub fn new(fetcher: Fetcher) -> Arc<Self> {
+        Arc::new(Self { fetcher, kept: Mutex::default() })
+    }
+
+    fn kept(&self, digest: &[u8; DIGEST]) -> Option<Arc<Vec<u8>>> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.clock += 1;
+        let clock = kept.clock;
+        kept.chunks.get_mut(digest).map(|(bytes, used)| {
+            *used = clock;
+            Arc::clone(bytes)
+        })
+    }
+
+    fn keep(&self, digest: [u8; DIGEST], bytes: Arc<Vec<u8>>) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.clock += 1;
+        let clock = kept.clock;
+        kept.bytes += bytes.len();
+        if let Some((old, _)) = kept.chunks.insert(digest, (bytes, clock)) {
+            kept.bytes -= old.len();
+        }
+        if kept.bytes > KEPT {
+            let mut used: Vec<u64> = kept.chunks.values().map(|(_, used)| *used).collect();
+            used.sort_unstable();
+            let oldest = used.get(used.len() / 4).copied().unwrap_or(u64::MAX);
+            kept.chunks.retain(|_, (_, used)| *used > oldest);
+            kept.bytes = kept.chunks.values().map(|(bytes, _)| bytes.len()).sum();
+        }
+    }
+}
+
+thread_local! {
+    static OPENERS: RefCell<[Option<Opener>; 2]> = const { RefCell::new([None, None]) };
+}
+
+/// Opens a chunk with this thread's decompressor.
+fn open(cipher: Cipher, entry: &ChunkEntry, stored: &mut [u8], plain: &mut [u8]) -> Result<(), ReadError> {
+    OPENERS.with_borrow_mut(|openers| {
+        let [clear, sealed] = openers;
+        let slot = if cipher == Cipher::None { clear } else { sealed };
+        let opener = match slot {
+            Some(opener) => opener,
+            None => slot.insert(Opener::new(cipher).map_err(|error: io::Error| ReadError::Memory(error.to_string()))?),
+        };
+        Ok(opener.open(entry, stored, plain)?)
+    })
+}
+
+/// Reads one image.
+pub struct Reader {
+    shared: Arc<Shared>,
+    source: Arc<dyn Blobs>,
+    table: Table,
+    summary: Summary,
+    blobs: Vec<BlobId>,
+    /// Where the last read ended, for readers that go on there.
+    last: AtomicU64,
+    /// How much is fetched ahead of it.
+    ahead: AtomicU64,
+    /// Bytes that were read.
+    pub read_bytes: AtomicU64,
+    /// The last failure, for people.
+    failure: Mutex<Option<String>>,
+}
+
+/// A chunk and the part of an answer that it gives.
+struct Part {
+    entry: ChunkEntry,
+    /// Where in the answer.
+    to: std::ops::Range<usize>,
+    /// From where in the chunk.
+    from: usize,
+}
+
+impl Part {
+    fn is_whole(&self) -> bool {
+        self.from == 0 && self.to.len() as u64 == self.entry.length.get()
+    }
+}
+
+impl Reader {
+    /// A reader of an opened image.
+    pub fn new(
+        shared: Arc<Shared>,
+        source: Arc<dyn Blobs>,
+        table: Table,
+        summary: Summary,
+        blobs: Vec<BlobId>,
+    ) -> Self {
+        Self {
+            shared,
+            source,
+            table,
+            summary,
+            blobs,
+            last: AtomicU64::new(u64::MAX),
+            ahead: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            failure: Mutex::default(),
+        }
+    }
+
+    /// Bytes of the data device.
+    pub fn size(&self) -> u64 {
+        self.summary.device_bytes.get()
+    }
+
+    /// Sizes of the image.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// Its data blobs.
+    pub fn blobs(&self) -> &[BlobId] {
+        &self.blobs
+    }
+
+    /// Why the last read that failed did.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Fills `out` with the device's bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`ReadError`]: `out` has nothing to be used.
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        let outcome = self.try_read(offset, out);
+        match &outcome {
+            Ok(()) => {
+                self.read_bytes.fetch_add(out.len() as u64, Ordering::Relaxed);
+            }
+            Err(error) => {
+                tracing::error!("reading bytes {offset} to {} of an image failed: {error}", offset + out.len() as u64);
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            }
+        }
+        outcome
+    }
+
+    fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        let parts = self.parts(offset, out.len())?;
+        let mut missing = Vec::new();
+        for part in parts {
+            if part.entry.method == Method::Zeroes.code() {
+                slice(out, &part).fill(0);
+            } else if let Some(kept) = self.shared.kept(&part.entry.digest) {
+                copy(&kept, out, &part);
+            } else {
+                missing.push(part);
+            }
+        }
+        let sequential = self.last.swap(offset + out.len() as u64, Ordering::Relaxed) == offset;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let wanted: Vec<Wanted> = missing.iter().filter_map(|part| self.wanted(&part.entry)).collect();
+        let mut away = Vec::new();
+        for (part, stored) in missing.into_iter().zip(self.shared.fetcher.cached(&wanted)) {
+            match stored {
+                Some(mut stored) => self.decode(&part, &mut stored, out)?,
+                None => away.push(part),
+            }
+        }
+        if away.is_empty() {
+            return Ok(());
+        }
+        let mut wanted: Vec<Wanted> = away.iter().filter_map(|part| self.wanted(&part.entry)).collect();
+        let ahead = match self.ahead.load(Ordering::Relaxed) {
+            _ if !sequential => 0,
+            before => (before * 2).clamp(AHEAD, MOST_AHEAD),
+        };
+        self.ahead.store(ahead, Ordering::Relaxed);
+        self.look_ahead(offset + out.len() as u64, ahead, &mut wanted);
+        let fetched = self.shared.fetcher.fetch(self.source.as_ref(), &wanted)?;
+        for (part, stored) in away.iter().zip(fetched) {
+            let mut stored = Arc::try_unwrap(stored).unwrap_or_else(|shared| shared.to_vec());
+            self.decode(part, &mut stored, out)?;
+        }
+        Ok(())
+    }
+
+    /// Adds what a sequential reader will want next, if it is not in the cache: one request is cheaper than many. What was added is
+    /// fetched into the cache, and not given back.
+    fn look_ahead(&self, from: u64, ahead: u64, wanted: &mut Vec<Wanted>) {
+        let length = usize::try_from(ahead.min(self.size().saturating_sub(from))).unwrap_or(0);
+        if self.shared.fetcher.cache().is_none() || length == 0 {
+            return;
+        }
+        let Ok(parts) = self.parts(from, length) else { return };
+        let next: Vec<Wanted> = parts.iter().filter_map(|part| self.wanted(&part.entry)).collect();
+        let cached = self.shared.fetcher.cached(&next);
+        wanted.extend(next.iter().zip(cached).filter(|(_, cached)| cached.is_none()).map(|(wanted, _)| *wanted));
+    }
+
+    fn decode(&self, part: &Part, stored: &mut [u8], out: &mut [u8]) -> Result<(), ReadError> {
+        let cipher = self.table.cipher();
+        if part.is_whole() {
+            return open(cipher, &part.entry, stored, slice(out, part));
+        }
+        let mut plain = vec![0; usize::try_from(part.entry.length.get()).unwrap_or(0)];
+        open(cipher, &part.entry, stored, &mut plain)?;
+        copy(&plain, out, part);
+        self.shared.keep(part.entry.digest, Arc::new(plain));
+        Ok(())
+    }
+
+    fn wanted(&self, entry: &ChunkEntry) -> Option<Wanted> {
+        if entry.method == Method::Zeroes.code() {
+            return None;
+        }
+        Some(Wanted { blob: *self.blobs.get(usize::from(entry.blob.get()))?, entry: *entry })
+    }
+
+    /// The chunks that a range is made of.
+    fn parts(&self, offset: u64, length: usize) -> Result<Vec<Part>, ReadError> {
+        let end = offset.saturating_add(length as u64);
+        if end > self.size() {
+            return Err(ReadError::Range { offset, end, size: self.size() });
+        }
+        let (mut parts, mut at) = (Vec::new(), offset);
+        while at < end {
+            let Some(leaf) = self.table.find(at) else { break };
+            let entries = self.leaf(leaf)?;
+            let first = entries.partition_point(|entry| entry.end() <= at);
+            let before = at;
+            for entry in entries.iter().skip(first) {
+                if at >= end {
+                    break;
+                }
+                let stop = entry.end().min(end);
+                let place = |byte: u64| usize::try_from(byte - offset).unwrap_or(usize::MAX);
+                let from = usize::try_from(at - entry.offset.get()).unwrap_or(usize::MAX);
+                parts.push(Part { entry: *entry, to: place(at)..place(stop), from });
+                at = stop;
+            }
+            if at == before {
+                // A verified leaf covers what the index says of it.
+                return Err(ReadError::Range { offset: at, end, size: self.size() });
+            }
+        }
+        Ok(parts)
+    }
+
+    fn leaf(&self, leaf: u32) -> Result<Arc<[ChunkEntry]>, TableError> {
+        self.table.leaf(leaf, |offset, out, attempt| {
+            let (fetcher, blob) = (&self.shared.fetcher, self.table.blob());
+            // The cache is believed no more than the registry: the leaf's digest tells.
+            if attempt == 0
+                && let Some(cache) = fetcher.cache()
+                && cache.read(blob, offset, out)
+            {
+                return Ok(());
+            }
+            self.source.read(blob, offset, out, attempt.saturating_sub(1))?;
+            if let Some(cache) = fetcher.cache() {
+                cache.write(blob, offset, out);
+            }
+            Ok(())
+        })
+    }
+
+    /// Every entry of the table, for a builder that shares chunks with this image.
+    ///
+    /// # Errors
+    /// [`ReadError`]
+    pub fn entries(&self) -> Result<Vec<ChunkEntry>, ReadError> {
+        let mut all = Vec::new();
+        for leaf in 0..self.table.count() {
+            all.extend_from_slice(&self.leaf(leaf)?);
+        }
+        Ok(all)
+    }
+
+    /// Fetches all that is not in the cache, so that the source may go away. `step` is told how many bytes of the device are done, and
+    /// says whether to go on.
+    ///
+    /// # Errors
+    /// [`ReadError`]
+    pub fn complete(&self, mut step: impl FnMut(u64) -> bool) -> Result<(), ReadError> {
+        for leaf in 0..self.table.count() {
+            let entries = self.leaf(leaf)?;
+            for entries in entries.chunks(32) {
+                let wanted: Vec<Wanted> = entries.iter().filter_map(|entry| self.wanted(entry)).collect();
+                let cached = self.shared.fetcher.cached(&wanted);
+                let missing: Vec<Wanted> = wanted
+                    .iter()
+                    .zip(cached)
+                    .filter(|(_, cached)| cached.is_none())
+                    .map(|(wanted, _)| *wanted)
+                    .collect();
+                self.shared.fetcher.fetch(self.source.as_ref(), &missing)?;
+                if !step(entries.last().map_or(0, ChunkEntry::end)) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn slice<'a>(out: &'a mut [u8], part: &Part) -> &'a mut [u8] {
+    out.get_mut(part.to.clone()).unwrap_or_default()
+}
+
+fn copy(plain: &[u8], out: &mut [u8], part: &Part) {
+    let to = slice(out, part);
+    if let Some(from) = plain.get(part.from..part.from + to.len()) {
+        to.copy_from_slice(from);
+    }
+}

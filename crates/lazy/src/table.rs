@@ -1,0 +1,211 @@
+//! The chunk table: leaves of entries, each verified against its digest in the metadata before it is used.
+
+use std::sync::Arc;
+
+use nacre_core::aead::AeadKey;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use crate::{
+    chunk::sha256,
+    format::{ChunkEntry, Cipher, FormatError, LEAF_ENTRIES, LeafEntry, Summary, hex},
+    keys::{MetadataKey, Part, counter},
+};
+
+/// Seals the entries of a table as leaves: what is stored, and the digests that the metadata has of it.
+pub(crate) fn seal(entries: &[ChunkEntry], key: Option<&MetadataKey>) -> (Vec<u8>, Vec<LeafEntry>) {
+    let key = key.map(|key| AeadKey::new(&key.derive(Part::Leaves)));
+    let (mut stored, mut leaves) = (Vec::new(), Vec::new());
+    for (number, entries) in (0u64..).zip(entries.chunks(LEAF_ENTRIES)) {
+        let mut leaf = entries.as_bytes().to_vec();
+        if let Some(key) = &key {
+            key.seal(counter(number), b"leaf", &mut leaf);
+        }
+        let offset = entries.first().map_or(0, |entry| entry.offset.get());
+        leaves.push(LeafEntry { offset: offset.into(), digest: sha256(&leaf) });
+        stored.append(&mut leaf);
+    }
+    (stored, leaves)
+}
+
+/// What opens leaves.
+pub struct Leaves {
+    summary: Summary,
+    cipher: Cipher,
+    key: Option<AeadKey>,
+    index: Vec<LeafEntry>,
+}
+
+impl Leaves {
+    /// Checks that the leaves' first bytes go up from 0.
+    ///
+    /// # Errors
+    /// [`FormatError::Field`]
+    pub fn new(summary: Summary, index: Vec<LeafEntry>, key: Option<&MetadataKey>) -> Result<Self, FormatError> {
+        let mut next = 0;
+        for (number, leaf) in index.iter().enumerate() {
+            let offset = leaf.offset.get();
+            if (number == 0 && offset != 0) || offset < next || offset >= summary.device_bytes.get() {
+                let allowed = "0 for the first, larger than the one before for others, within the device";
+                return Err(FormatError::field("leaf index", "offset", offset, allowed));
+            }
+            next = offset + 1;
+        }
+        let cipher = if key.is_some() { Cipher::Aes256Gcm } else { Cipher::None };
+        let key = key.map(|key| AeadKey::new(&key.derive(Part::Leaves)));
+        Ok(Self { summary, cipher, key, index })
+    }
+
+    /// How the image is sealed.
+    pub fn cipher(&self) -> Cipher {
+        self.cipher
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.summary.leaves.get()
+    }
+
+    /// The leaf that speaks of a byte of the device; `None` past its end.
+    pub fn find(&self, offset: u64) -> Option<u32> {
+        if offset >= self.summary.device_bytes.get() {
+            return None;
+        }
+        let after = self.index.partition_point(|leaf| leaf.offset.get() <= offset);
+        u32::try_from(after.checked_sub(1)?).ok()
+    }
+
+    /// Where a leaf's stored bytes are in the table blob.
+    pub fn range(&self, leaf: u32) -> std::ops::Range<u64> {
+        self.summary.leaf_range(leaf, self.cipher)
+    }
+
+    /// Verifies a leaf's stored bytes, and everything in it.
+    ///
+    /// # Errors
+    /// [`FormatError`]
+    pub fn open(&self, leaf: u32, mut stored: Vec<u8>) -> Result<Arc<[ChunkEntry]>, FormatError> {
+        let number = leaf as usize;
+        let Some(expected) = self.index.get(number) else {
+            return Err(FormatError::field("leaf index", "leaf", leaf.into(), "one of the table's"));
+        };
+        let found = sha256(&stored);
+        if found != expected.digest {
+            let (found, expected) = (hex(&found), hex(&expected.digest));
+            return Err(FormatError::Digest { part: "leaf", index: leaf.into(), found, expected });
+        }
+        let plain: &[u8] = match &self.key {
+            None => &stored,
+            Some(key) => key
+                .open(counter(leaf.into()), b"leaf", &mut stored)
+                .map_err(|_| FormatError::Sealed { part: "leaf", index: leaf.into() })?,
+        };
+        let range = self.range(leaf);
+        let length = range.end - range.start - self.cipher.overhead() as u64;
+        let entries = <[ChunkEntry]>::ref_from_bytes(plain).ok().filter(|_| plain.len() as u64 == length);
+        let Some(entries) = entries else {
+            let found = plain.len() as u64;
+            return Err(FormatError::Length { part: "leaf", found, expected: length });
+        };
+        let end = self.index.get(number + 1).map_or(self.summary.device_bytes.get(), |next| next.offset.get());
+        self.check(entries, expected.offset.get(), end)?;
+        Ok(entries.into())
+    }
+
+    fn check(&self, entries: &[ChunkEntry], start: u64, end: u64) -> Result<(), FormatError> {
+        let mut next = start;
+        for entry in entries {
+            entry.check(self.cipher, self.summary.blobs.get())?;
+            if entry.offset.get() != next {
+                let allowed = "where the range before it ends";
+                return Err(FormatError::field("chunk entry", "offset", entry.offset.get(), allowed));
+            }
+            next = entry.end();
+        }
+        if next != end {
+            return Err(FormatError::field("chunk entry", "length", next, "up to the next leaf, or the device's end"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nacre_core::SecretArray;
+
+    use super::*;
+
+    fn entries(count: u64) -> Vec<ChunkEntry> {
+        (0..count)
+            .map(|at| ChunkEntry {
+                offset: (at * 100).into(),
+                length: 100.into(),
+                place: (at * 116).into(),
+                stored: 116.into(),
+                blob: 0.into(),
+                method: 0,
+                reserved: 0,
+                digest: [7; 32],
+                key: [8; 32],
+            })
+            .collect()
+    }
+
+    fn summary(count: u64) -> Summary {
+        Summary {
+            device_bytes: (count * 100).into(),
+            chunks: count.into(),
+            leaves: u32::try_from(count.div_ceil(LEAF_ENTRIES as u64)).unwrap().into(),
+            blobs: 1.into(),
+            ..Summary::default()
+        }
+    }
+
+    fn slice(table: &[u8], range: std::ops::Range<u64>) -> Vec<u8> {
+        table[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()].to_vec()
+    }
+
+    #[test]
+    fn every_byte_of_the_device_is_found_and_no_leaf_can_be_changed() {
+        let key = MetadataKey::new(SecretArray::fill(|slot| slot.fill(1)));
+        let all = entries(400);
+        let (table, index) = seal(&all, Some(&key));
+        let leaves = Leaves::new(summary(400), index, Some(&key)).unwrap();
+        assert_eq!(leaves.range(2).end, table.len() as u64);
+        for at in [0, 99, 100, 16_999, 17_000, 39_999] {
+            let leaf = leaves.find(at).unwrap();
+            let open = leaves.open(leaf, slice(&table, leaves.range(leaf))).unwrap();
+            let entry = open.iter().find(|entry| entry.offset.get() <= at && at < entry.end()).unwrap();
+            assert_eq!(*entry, all[usize::try_from(at / 100).unwrap()]);
+        }
+        assert_eq!(leaves.find(40_000), None);
+        let (first, second) = (slice(&table, leaves.range(0)), slice(&table, leaves.range(1)));
+        assert!(matches!(leaves.open(0, second), Err(FormatError::Digest { part: "leaf", index: 0, .. })));
+        for at in [0, 100, first.len() - 1] {
+            let mut bad = first.clone();
+            bad[at] ^= 1;
+            assert!(leaves.open(0, bad).is_err());
+        }
+        assert!(leaves.open(7, first).is_err());
+    }
+
+    #[test]
+    fn tables_with_gaps_overlaps_or_wrong_ends_are_refused() {
+        for break_it in [
+            |all: &mut Vec<ChunkEntry>| all[3].offset = 301.into(),
+            |all: &mut Vec<ChunkEntry>| all[3].length = 99.into(),
+            |all: &mut Vec<ChunkEntry>| all[169].length = 101.into(),
+            |all: &mut Vec<ChunkEntry>| all[0].offset = 1.into(),
+            |all: &mut Vec<ChunkEntry>| all[5].blob = 1.into(),
+        ] {
+            let mut all = entries(171);
+            break_it(&mut all);
+            let (table, mut index) = seal(&all, None);
+            index[0].offset = 0.into();
+            let leaves = Leaves::new(summary(171), index, None).unwrap();
+            assert!(leaves.open(0, slice(&table, leaves.range(0))).is_err());
+        }
+        let (_, mut index) = seal(&entries(171), None);
+        index[1].offset = 0.into();
+        assert!(Leaves::new(summary(171), index, None).is_err());
+    }
+}

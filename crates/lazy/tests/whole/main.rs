@@ -1,0 +1,6 @@
+//! Images from layers to bytes: built, opened, read, attacked.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
+mod attacks;
+mod images;
+mod support;
