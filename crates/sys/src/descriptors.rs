@@ -63,7 +63,7 @@ pub enum DescriptorsError {
     },
 }
 
-/// Sends a message with descriptors, which stay open here, too.
+/// Sends a message with descriptors, which stay open here, too. One thread at a time: a long message goes in several pieces.
 ///
 /// # Errors
 /// [`DescriptorsError`].
@@ -80,16 +80,16 @@ pub fn send(socket: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
         return Err(too_large());
     }
-    let first = IoSlice::new(header.as_bytes());
+    let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(bytes)];
     let sent = loop {
-        match rustix::net::sendmsg(socket, &[first], &mut control, SendFlags::NOSIGNAL) {
+        match rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             result => break result.map_err(|source| failed(source.into()))?,
         }
     };
     let mut socket = socket;
     socket.write_all(header.as_bytes().get(sent..).unwrap_or_default()).map_err(failed)?;
-    socket.write_all(bytes).map_err(failed)
+    socket.write_all(bytes.get(sent.saturating_sub(size_of::<Header>())..).unwrap_or_default()).map_err(failed)
 }
 
 /// Receives a message with descriptors, all of them closed on exec.

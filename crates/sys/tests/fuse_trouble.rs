@@ -322,3 +322,22 @@ fn files_that_are_read_past_the_cache_stay_out_of_it() {
         assert!((round..=2 * round).contains(&place.tree.reads()), "{} reads", place.tree.reads());
     }
 }
+
+#[test]
+fn an_abort_gives_who_waits_an_error() {
+    if !fuse() {
+        return;
+    }
+    let (tree, gate, _, _) = gated(Open::Unneeded);
+    let mut place = Place::new(tree);
+    thread::scope(|scope| {
+        let path = place.path("slow");
+        let reader = scope.spawn(|| fs::read(path));
+        gate.await_arrivals(1);
+        place.session.abort().unwrap();
+        assert!(reader.join().unwrap().is_err());
+        gate.open();
+    });
+    assert!(matches!(place.session.wait(), Ended::Aborted | Ended::Unmounted));
+    assert!(!is_mount_point(place.dir.path()).unwrap());
+}

@@ -15,6 +15,11 @@
 //! send again what the dead one had read and not answered. That takes Linux 6.9: before, such requests stay unanswered until their
 //! readers are killed.
 //!
+//! While nobody serves, everything that asks waits, and some of it not even SIGKILL ends: a file's close, for one. So whoever holds the
+//! descriptor must not use the mount itself, or it may wait for a successor that it has yet to start; and a process that starts
+//! one must not have files of the mount open, which the new process closes on exec. `umount --force` ends it all
+//! ([`Session::abort`]).
+//!
 //! # Invariants
 //! - Every request that was read is answered once, whatever the filesystem does, or is the successor's after a crash.
 //! - A thread that was told to stop answers what it has read first.

@@ -67,7 +67,10 @@ impl Worker {
         epoll::add(&epoll, &shared.device, EventData::new_u64(0), EventFlags::IN | EventFlags::EXCLUSIVE)?;
         epoll::add(&epoll, &shared.wake, EventData::new_u64(1), EventFlags::IN)?;
         let buffers = Buffers { pages: PageBuffer::new(shared.max_read.max(LONGEST_XATTR)), text: Vec::new() };
-        Ok(Self { shared, number, epoll, request: vec![0; REQUEST_BUFFER], buffers })
+        // Not zeroes, which would be memory that is not there yet: where a process is killed while the kernel brings it in for a request,
+        // the request would fail instead of waiting for the successor.
+        let request = vec![u8::MAX; REQUEST_BUFFER];
+        Ok(Self { shared, number, epoll, request, buffers })
     }
 
     /// Serves until told to stop, or until the kernel ends the connection.

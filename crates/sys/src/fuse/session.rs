@@ -151,6 +151,14 @@ impl Session {
         self.mount.unmount(UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)
     }
 
+    /// Takes it out of the tree and ends it at once, answered or not: everybody who waits gets an error.
+    ///
+    /// # Errors
+    /// [`FuseError::Unmount`].
+    pub fn abort(&mut self) -> Result<(), FuseError> {
+        self.mount.unmount(UnmountFlags::NOFOLLOW | UnmountFlags::DETACH | UnmountFlags::FORCE)
+    }
+
     /// Stops serving without unmounting: requests that were read are answered, all others wait for who resumes it. Takes as long as the
     /// slowest answer.
     pub fn hand_over(self) -> Handover {
