@@ -4,6 +4,7 @@
 //! - [`beneath`]: files opened inside a root directory whose content nobody trusts.
 //! - [`block`]: stores of blocks: files, devices, directories of segment files, memory.
 //! - [`blockdev`], [`loopdev`], [`nbd_client`], [`ublk`]: block devices of the kernel, and those that a process serves to it.
+//! - [`erofs`]: mounts of metadata files and data files.
 //! - [`fuse`]: filesystems that a process serves, and hands to its successor; [`descriptors`]: how they get there.
 //! - [`memory`]: what a process that serves a block device tells the kernel.
 //! - [`overlay`]: overlay mounts of any number of layers that the kernel can stack.
@@ -23,6 +24,7 @@ pub mod blockdev;
 pub mod container;
 pub mod descriptors;
 pub mod end;
+pub mod erofs;
 pub mod fs;
 pub mod fuse;
 pub mod loopdev;

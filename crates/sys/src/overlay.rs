@@ -318,7 +318,7 @@ fn proc_path(fd: &OwnedFd) -> String {
 }
 
 /// What the kernel wrote about a mount that it refused: a line a read, `e overlay: …`.
-fn kernel_log(fs: &OwnedFd) -> String {
+pub(crate) fn kernel_log(fs: &OwnedFd) -> String {
     let mut text = String::new();
     let mut line = [0; 512];
     for _ in 0..8 {
@@ -334,6 +334,6 @@ fn kernel_log(fs: &OwnedFd) -> String {
     text
 }
 
-fn kernel_release() -> String {
+pub(crate) fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
