@@ -19,7 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-objectstore", &["nacre-core"]),
     ("nacre-lazy", &["nacre-core", "nacre-oci"]),
     ("nacre-export", &["nacre-core", "nacre-sys"]),
-    ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-oci", "nacre-sys"]),
+    ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-lazy", "nacre-oci", "nacre-sys"]),
     ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys"]),
     (
         "nacre-cli",
@@ -31,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-disk",
             "nacre-export",
             "nacre-guest",
+            "nacre-lazy",
             "nacre-objectstore",
             "nacre-oci",
             "nacre-registry",

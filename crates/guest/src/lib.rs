@@ -3,6 +3,7 @@
 pub mod bundle;
 pub mod config;
 pub mod images;
+pub mod lazy;
 pub mod service;
 pub mod services;
 pub mod store;

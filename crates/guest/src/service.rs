@@ -17,7 +17,7 @@ use nacre_core::{
 };
 use nacre_oci::{
     crypt::{CryptError, Keyring},
-    manifest::{ManifestError, Platform},
+    manifest::{ImageConfig, ManifestError, Platform},
     reference::{Location, ReferenceError},
     registry::{Client, CredentialStore, DockerSource, RegistriesConf},
     source::{ImageSource, TransportError},
@@ -29,6 +29,7 @@ use nacre_oci::{
 use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
+    lazy::{LazyError, LazyImage, LazyMount, LazyStore},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
     store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
@@ -91,6 +92,9 @@ pub enum ServiceError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The lazy image was not opened or mounted.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// The bundle was not made.
     #[error(transparent)]
     Compose(#[from] ComposeError),
@@ -205,6 +209,32 @@ impl ImageService {
         self.with_source(text, |source| self.images.pull(source))
     }
 
+    /// Opens a lazy image: the first of a name's locations that has one.
+    ///
+    /// # Errors
+    /// [`ServiceError`]
+    pub fn open_lazy(&self, store: &LazyStore, text: &str) -> Result<LazyImage, ServiceError> {
+        let locations = self.locations(text)?;
+        let last = locations.len().saturating_sub(1);
+        for (position, location) in locations.iter().enumerate() {
+            match store.image(&self.images, Arc::from(self.source(location)?)) {
+                Err(LazyError::Pull(PullError::Transport(error))) if error.is_not_found() && position < last => {}
+                result => return Ok(result?),
+            }
+        }
+        Err(ServiceError::Config(format!("'{text}' has no registry to search")))
+    }
+
+    /// Makes a bundle of a mounted lazy image in the store's own directory, as [`mount_own_bundle`](Self::mount_own_bundle) does.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; then nothing of it is left.
+    pub fn mount_lazy_bundle(&self, mount: &LazyMount, overrides: &Overrides) -> Result<OwnBundle, ServiceError> {
+        let own = self.images.store().add_own_bundle(mount.image.manifest, Vec::new(), None)?;
+        self.compose(own.record(), &[mount.target().to_owned()], &mount.image.config, overrides)?;
+        Ok(own)
+    }
+
     /// Makes a bundle of a pulled image: rootfs, mounted, and config.json. It lasts until [`unmount_bundle`](Self::unmount_bundle).
     ///
     /// # Errors
@@ -234,11 +264,21 @@ impl ImageService {
     }
 
     fn mount(&self, pulled: &PulledImage, record: &BundleRecord, overrides: &Overrides) -> Result<(), ServiceError> {
-        let store = self.images.store();
         let layers: Vec<PathBuf> = pulled.layers.iter().map(|layer| layer.path().to_owned()).collect();
+        self.compose(record, &layers, &pulled.image.config, overrides)
+    }
+
+    fn compose(
+        &self,
+        record: &BundleRecord,
+        layers: &[PathBuf],
+        config: &ImageConfig,
+        overrides: &Overrides,
+    ) -> Result<(), ServiceError> {
+        let store = self.images.store();
         let upper = UpperDir::At(store.bundle_dir(&record.id));
         let user_xattr = store.marks() == Marks::User;
-        let made = Plan::new(&record.path, &layers, &upper, &pulled.image.config, overrides, user_xattr)
+        let made = Plan::new(&record.path, layers, &upper, config, overrides, user_xattr)
             .and_then(|plan| plan.carry_out());
         if let Err(error) = made {
             store.remove_bundle(&record.id)?;

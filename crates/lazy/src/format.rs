@@ -15,14 +15,14 @@ pub const VERSION: u32 = 1;
 
 /// The manifest's `artifactType`.
 pub const ARTIFACT_TYPE: &str = "application/vnd.nacre.image.lazy.v1";
-/// Media type of the metadata blob, in the clear.
+/// Media type of the metadata blob. Where it is sealed, its descriptor has the wrapped key.
 pub const METADATA_TYPE: &str = "application/vnd.nacre.lazy.metadata.v1";
-/// Media type of the metadata blob, sealed; its descriptor has the wrapped key.
-pub const METADATA_SEALED_TYPE: &str = "application/vnd.nacre.lazy.metadata.v1+encrypted";
 /// Media type of the table blob.
 pub const TABLE_TYPE: &str = "application/vnd.nacre.lazy.table.v1";
 /// Media type of a data blob.
 pub const DATA_TYPE: &str = "application/vnd.nacre.lazy.data.v1";
+/// What the media types of a sealed image end with, all of them.
+pub const SEALED: &str = "+encrypted";
 
 /// A block of the data device, and of the EROFS image.
 pub const BLOCK: u64 = 4096;

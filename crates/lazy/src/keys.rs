@@ -40,6 +40,7 @@ impl Domain {
     }
 
     /// The key of an image whose metadata stream and table have these SHA-256s.
+    #[cfg(feature = "build")]
     pub(crate) fn metadata_key(&self, stream: &[u8; DIGEST], table: &[u8; DIGEST]) -> MetadataKey {
         let mut context = hmac::Context::with_key(&self.0);
         context.update(b"nacre lazy 1 metadata");
@@ -50,6 +51,7 @@ impl Domain {
     }
 
     /// What content-defined cuts depend on beside the content, so that the sizes of chunks tell nothing to who knows the content.
+    #[cfg(feature = "build")]
     pub(crate) fn cut_seed(&self) -> u64 {
         let tag = hmac::sign(&self.0, b"nacre lazy 1 cuts");
         let mut seed = [0; 8];
@@ -113,7 +115,7 @@ fn into_array(tag: &hmac::Tag) -> [u8; 32] {
     bytes
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "build"))]
 mod tests {
     use super::*;
 

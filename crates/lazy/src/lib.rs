@@ -5,6 +5,7 @@
 //!
 //! Invariant: no byte leaves a reader that was not verified by a digest that goes back to the image's manifest.
 
+pub mod artifact;
 #[cfg(feature = "build")]
 pub mod build;
 pub mod cache;

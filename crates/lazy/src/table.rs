@@ -3,19 +3,22 @@
 use std::sync::Arc;
 
 use nacre_core::aead::AeadKey;
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::FromBytes as _;
+#[cfg(feature = "build")]
+use zerocopy::IntoBytes as _;
 
 use crate::{
     chunk::sha256,
-    format::{ChunkEntry, Cipher, FormatError, LEAF_ENTRIES, LeafEntry, Summary, hex},
+    format::{ChunkEntry, Cipher, FormatError, LeafEntry, Summary, hex},
     keys::{MetadataKey, Part, counter},
 };
 
 /// Seals the entries of a table as leaves: what is stored, and the digests that the metadata has of it.
+#[cfg(feature = "build")]
 pub(crate) fn seal(entries: &[ChunkEntry], key: Option<&MetadataKey>) -> (Vec<u8>, Vec<LeafEntry>) {
     let key = key.map(|key| AeadKey::new(&key.derive(Part::Leaves)));
     let (mut stored, mut leaves) = (Vec::new(), Vec::new());
-    for (number, entries) in (0u64..).zip(entries.chunks(LEAF_ENTRIES)) {
+    for (number, entries) in (0u64..).zip(entries.chunks(crate::format::LEAF_ENTRIES)) {
         let mut leaf = entries.as_bytes().to_vec();
         if let Some(key) = &key {
             key.seal(counter(number), b"leaf", &mut leaf);
@@ -128,11 +131,12 @@ impl Leaves {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "build"))]
 mod tests {
     use nacre_core::SecretArray;
 
     use super::*;
+    use crate::format::LEAF_ENTRIES;
 
     fn entries(count: u64) -> Vec<ChunkEntry> {
         (0..count)

@@ -538,6 +538,15 @@ pub struct RootFs {
 }
 
 impl ImageConfig {
+    /// Parses a config that something else vouches for than a manifest's descriptor.
+    ///
+    /// # Errors
+    /// [`ManifestError`]
+    pub fn of_verified(bytes: &[u8]) -> Result<Self, ManifestError> {
+        check_size("config", bytes.len() as u64)?;
+        parse("config", bytes)
+    }
+
     /// Checks the config's digest, parses it, and checks that it has a diff_id for each layer of its manifest.
     ///
     /// # Errors

@@ -143,6 +143,11 @@ impl TransportError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
+
+    /// Whether it may be otherwise when it is tried again.
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::Network { .. } | Self::Protocol { .. } | Self::Io { .. })
+    }
 }
 
 /// Where an image's bytes come from.
@@ -164,6 +169,22 @@ pub trait ImageSource: Send + Sync {
     /// # Errors
     /// [`TransportError`]; those of the stream are `std::io::Error`s that wrap one.
     fn blob(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, TransportError>;
+
+    /// Fills `out` with the blob's bytes from `offset` on, for whoever reads an image before it is there. It is tried once; `attempt`
+    /// counts from 0, so that a source of several places can ask another one. The caller verifies what it reads.
+    ///
+    /// # Errors
+    /// [`TransportError`]; `Unsupported` where the transport can only be read from its beginning
+    fn read_blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        out: &mut [u8],
+        attempt: u32,
+    ) -> Result<(), TransportError> {
+        let _ = (descriptor, offset, out, attempt);
+        Err(TransportError::Unsupported { what: "reading parts of a blob".into(), place: self.location().to_string() })
+    }
 
     /// Signatures stored beside the image, where the transport has any.
     fn signatures(&self) -> Option<&dyn SignatureStorage>;

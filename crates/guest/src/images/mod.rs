@@ -225,6 +225,21 @@ impl Images {
         Ok(self.admit(&resolved, &location, Some(&recording_of(name)))?.0)
     }
 
+    /// The keys of encrypted images.
+    pub fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
+    /// The manifest of an image that is read where it is, and the proof that it may be.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn admit_lazy(&self, source: &dyn ImageSource) -> Result<(Manifest, Admission), PullError> {
+        let resolved = self.resolve(source)?;
+        let (admission, _) = self.admit(&resolved, source.location(), source.signatures())?;
+        Ok((resolved.manifest, admission))
+    }
+
     fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {
         let mut raw = source.manifest(None)?;
         if let Some(digest) = source.location().image_ref().and_then(|reference| reference.digest()) {

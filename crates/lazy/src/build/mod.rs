@@ -10,6 +10,7 @@ mod device;
 mod layer;
 mod metadata;
 mod pipeline;
+mod ship;
 
 use std::io::{self, Read};
 
@@ -26,6 +27,7 @@ use pipeline::{Closed, Place, Settings, Stored};
 
 pub use layer::LayerContent;
 pub use pipeline::DataBlob;
+pub use ship::{LazyRemake, OpenBlob, Shared};
 
 /// How an image is built.
 #[derive(Clone, Copy, Debug)]

@@ -9,6 +9,7 @@ use super::{
     layer::{self, Layer},
     parallel,
     plan::{self, ImagePlan, LayerPlan, Wishes},
+    remake::Remaking,
 };
 use crate::{
     manifest::{Descriptor, ImageConfig, Index, MANIFEST_LIMIT, Manifest, ManifestError, RawManifest, media},
@@ -29,6 +30,12 @@ pub(super) fn copy(
     let invalid = CopyError::manifest(job.source);
     let manifest = Manifest::parse(raw).map_err(&invalid)?;
     let plan = plan::plan(raw, &manifest, &Wishes::of(job.options, job.sink.location()))?;
+    if let Some(remake) = job.options.remake.filter(|_| !plan.artifact) {
+        let (config, bytes) = config_of(job, &manifest)?;
+        let plan = plan::plan(raw, &manifest, &Wishes::to_read(job.options, job.sink.location()))?;
+        let remade = remake.remake(&Remaking::new(job, &manifest, &plan, &config, &bytes))?;
+        return Ok((serialise(&remade.manifest, media::OCI_MANIFEST).map_err(invalid)?, remade.layers));
+    }
     if plan.artifact && job.options.encrypt.is_some() {
         if !entry.is_some_and(|entry| entry.annotations.contains_key(ATTESTATION_OF)) {
             return Err(CopyError::Unsupported(format!(
@@ -104,6 +111,11 @@ fn diff_ids(job: &Job<'_>, manifest: &Manifest, plan: &ImagePlan) -> Result<Vec<
     if plan.layers.iter().all(LayerPlan::verbatim) {
         return Ok(vec![None; plan.layers.len()]);
     }
+    Ok(config_of(job, manifest)?.0.rootfs.diff_ids.into_iter().map(Some).collect())
+}
+
+/// The config, verified, and its bytes.
+fn config_of(job: &Job<'_>, manifest: &Manifest) -> Result<(ImageConfig, Vec<u8>), CopyError> {
     let invalid = CopyError::manifest(job.source);
     let mut bytes = Vec::new();
     job.source
@@ -111,8 +123,8 @@ fn diff_ids(job: &Job<'_>, manifest: &Manifest, plan: &ImagePlan) -> Result<Vec<
         .take(MANIFEST_LIMIT as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| CopyError::from_stream("the config", error))?;
-    let config = ImageConfig::verify(Untrusted::new(bytes), manifest).map_err(invalid)?;
-    Ok(config.into_inner().rootfs.diff_ids.into_iter().map(Some).collect())
+    let config = ImageConfig::verify(Untrusted::new(bytes.clone()), manifest).map_err(invalid)?;
+    Ok((config.into_inner(), bytes))
 }
 
 /// Copies the layers, several at a time; the same layer only once.

@@ -61,7 +61,7 @@ pub(super) fn verbatim(
 }
 
 /// The blob as it comes, checked.
-fn open<'a>(
+pub(super) fn open<'a>(
     job: &Job<'_>,
     descriptor: &Descriptor,
     task: &'a dyn Task,
@@ -79,7 +79,7 @@ fn open<'a>(
 }
 
 /// Writes a stream that must then have been read to its end; where it failed, its own error is the one that is told.
-fn put<R: Read>(
+pub(super) fn put<R: Read>(
     job: &Job<'_>,
     content: R,
     what: &Digest,
@@ -128,7 +128,7 @@ fn transform(job: &Job<'_>, layer: &Layer<'_>, task: &dyn Task, stop: &AtomicBoo
 }
 
 /// The decrypted layer, which ends only when it is what was encrypted.
-fn decrypt<'a>(
+pub(super) fn decrypt<'a>(
     job: &Job<'_>,
     layer: &Layer<'_>,
     stream: Box<dyn Read + Send + 'a>,

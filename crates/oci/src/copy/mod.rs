@@ -12,6 +12,7 @@ mod image;
 mod layer;
 mod parallel;
 mod plan;
+mod remake;
 mod sign;
 mod signatures;
 mod store;
@@ -29,6 +30,7 @@ use crate::{
 };
 
 pub use plan::EncryptLayers;
+pub use remake::{Remade, Remake, Remaking};
 pub use sign::{Sign, SigningKey};
 
 /// How deep indexes may be in one another.
@@ -121,6 +123,8 @@ pub struct CopyOptions<'a> {
     pub decrypt: Option<&'a Keyring>,
     /// For whom layers are encrypted, and which.
     pub encrypt: Option<(&'a Recipients, &'a EncryptLayers)>,
+    /// Makes something else of images; `None` copies their layers.
+    pub remake: Option<&'a dyn Remake>,
     /// Signatures of the source.
     pub signatures: ExistingSignatures,
     /// Who signs the copy, as what.
@@ -143,6 +147,7 @@ impl Default for CopyOptions<'_> {
             compression: None,
             decrypt: None,
             encrypt: None,
+            remake: None,
             signatures: ExistingSignatures::default(),
             sign: None,
             lookaside: None,
@@ -237,6 +242,9 @@ pub enum CopyError {
     /// What was asked for does not go together.
     #[error("{0}")]
     Unsupported(String),
+    /// Nothing else could be made of the image.
+    #[error(transparent)]
+    Remake(Box<dyn std::error::Error + Send + Sync>),
     /// No signature could be made.
     #[error(transparent)]
     Sign(#[from] SignError),

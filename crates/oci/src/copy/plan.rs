@@ -89,6 +89,12 @@ impl<'a> Wishes<'a> {
             destination,
         }
     }
+
+    /// What it takes to read layers, whatever is made of them.
+    pub(super) fn to_read(options: &CopyOptions<'a>, destination: &'a Location) -> Self {
+        let recompress = Recompress { to: Compression::None, level: None };
+        Self { compression: Some(recompress), encrypt: None, format: None, ..Self::of(options, destination) }
+    }
 }
 
 /// Decides what is done to an image.

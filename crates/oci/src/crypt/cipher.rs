@@ -151,6 +151,16 @@ impl<'de> Deserialize<'de> for KeyField {
 }
 
 impl LayerSecret {
+    /// A key of something that is encrypted in another way, to be wrapped as those of layers are.
+    pub fn of_key(key: SecretArray<KEY_LEN>, digest: Digest) -> Self {
+        Self { key, nonce: None, digest }
+    }
+
+    /// The key, for something that is encrypted in another way.
+    pub fn into_key(self) -> SecretArray<KEY_LEN> {
+        self.key
+    }
+
     /// Parses an unwrapped PRIV document.
     ///
     /// # Errors

@@ -131,7 +131,7 @@ impl BlobStream {
     /// The whole blob: what we have of it is read and thrown away.
     fn whole(&self, mut response: Response) -> Result<Current, Failure> {
         let size = self.descriptor.size;
-        self.check_type(&response)?;
+        check_type(&self.descriptor, &response)?;
         if let Some(length) = response.content_length().filter(|length| *length != size) {
             let reason = format!("{}: Content-Length {length}, but the manifest says {size} bytes", response.url);
             return Err(Failure::Protocol(reason));
@@ -148,7 +148,7 @@ impl BlobStream {
     /// The part from our offset on.
     fn rest(&self, response: Response) -> Result<Current, Failure> {
         let size = self.descriptor.size;
-        self.check_type(&response)?;
+        check_type(&self.descriptor, &response)?;
         let text = response.headers.get(header::CONTENT_RANGE).map(header::HeaderValue::as_bytes).unwrap_or_default();
         let range = parse_content_range(text).filter(|range| {
             range.start == self.offset && range.end < size && range.total.is_none_or(|total| total == size)
@@ -169,16 +169,6 @@ impl BlobStream {
             return Err(Failure::Protocol(reason));
         }
         Ok(Current { body: response.body, left })
-    }
-
-    fn check_type(&self, response: &Response) -> Result<(), Failure> {
-        if response.is_html() && !self.descriptor.media_type.starts_with("text/html") {
-            return Err(Failure::Protocol(format!(
-                "{}: an HTML page instead of a blob: a proxy or a portal answered",
-                response.url
-            )));
-        }
-        Ok(())
     }
 
     /// Waits and lets the same endpoint be asked again, or goes on to the next one, or gives up.
@@ -225,6 +215,17 @@ impl BlobStream {
     fn final_error(&mut self, failure: Failure, attempts: u32) -> io::Error {
         io::Error::other(failure.into_error(&self.what(), &self.remote().place(), attempts))
     }
+}
+
+/// A page of a proxy or a portal is no blob.
+pub(super) fn check_type(descriptor: &Descriptor, response: &Response) -> Result<(), Failure> {
+    if response.is_html() && !descriptor.media_type.starts_with("text/html") {
+        return Err(Failure::Protocol(format!(
+            "{}: an HTML page instead of a blob: a proxy or a portal answered",
+            response.url
+        )));
+    }
+    Ok(())
 }
 
 impl Read for BlobStream {

@@ -21,6 +21,7 @@ mod files;
 mod helper;
 mod prefix;
 mod proxy;
+mod range;
 mod remote;
 mod retry;
 mod signatures;

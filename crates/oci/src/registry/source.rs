@@ -12,7 +12,7 @@ use nacre_core::{Digest, Untrusted};
 
 use super::{
     Client,
-    blob::BlobStream,
+    blob::BlobStream, range,
     remote::Remote,
     retry::{Backoff, Failure},
 };
@@ -151,6 +151,16 @@ impl ImageSource for DockerSource {
 
     fn blob(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, TransportError> {
         Ok(Box::new(BlobStream::open(&self.endpoints, descriptor)?))
+    }
+
+    fn read_blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        out: &mut [u8],
+        attempt: u32,
+    ) -> Result<(), TransportError> {
+        range::read(&self.endpoints, descriptor, offset, out, attempt)
     }
 
     fn signatures(&self) -> Option<&dyn SignatureStorage> {

@@ -103,6 +103,20 @@ impl ImageSource for DirSource {
         Extent::whole(file, size).stream(descriptor, &self.place())
     }
 
+    fn read_blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        out: &mut [u8],
+        _attempt: u32,
+    ) -> Result<(), TransportError> {
+        let (file, size) = self.dir.file(&descriptor.digest.hex())?.ok_or_else(|| TransportError::NotFound {
+            what: format!("blob {}", descriptor.digest),
+            place: self.place(),
+        })?;
+        Extent::whole(file, size).read_part(descriptor, &self.place(), offset, out)
+    }
+
     fn signatures(&self) -> Option<&dyn SignatureStorage> {
         Some(self)
     }

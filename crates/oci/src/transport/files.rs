@@ -329,6 +329,25 @@ impl Extent {
         Ok(Box::new(ExtentReader { extent: self, what, place: place.into() }))
     }
 
+    /// Fills `out` with the bytes from `offset` on.
+    pub(super) fn read_part(
+        &self,
+        descriptor: &Descriptor,
+        place: &str,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), TransportError> {
+        let what = || format!("blob {}", descriptor.digest);
+        let end = offset.saturating_add(out.len() as u64);
+        if end > self.size {
+            let reason = format!("it has {} bytes, and those up to {end} are wanted", self.size);
+            return Err(TransportError::Malformed { what: what(), place: place.into(), reason });
+        }
+        self.file
+            .read_exact_at(out, self.offset + offset)
+            .map_err(|source| TransportError::Content { what: format!("{} at {place}", what()), source })
+    }
+
     /// The bytes, of which there are at most `limit`.
     pub(super) fn read(&self, what: &str, place: &str, limit: usize) -> Result<Vec<u8>, TransportError> {
         if self.size > limit as u64 {

@@ -111,6 +111,21 @@ impl<F: LayoutFiles> ImageSource for LayoutSource<F> {
         extent.stream(descriptor, &place)
     }
 
+    fn read_blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        out: &mut [u8],
+        _attempt: u32,
+    ) -> Result<(), TransportError> {
+        let place = self.files.place();
+        let extent = self.files.blob(&descriptor.digest)?.ok_or_else(|| TransportError::NotFound {
+            what: format!("blob {}", descriptor.digest),
+            place: place.clone(),
+        })?;
+        extent.read_part(descriptor, &place, offset, out)
+    }
+
     fn signatures(&self) -> Option<&dyn SignatureStorage> {
         Some(self)
     }

@@ -1,0 +1,152 @@
+//! Making something else of an image than a copy: another crate gets its layers, verified, and says what the manifest is.
+//!
+//! Choosing platforms, rewriting indexes, signing and committing stay the copy's.
+
+use std::{
+    io::Read,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nacre_core::{Digest, Progress, Task};
+
+use super::{
+    CopiedLayer, CopyError, Job,
+    layer::{self, Layer},
+    plan::ImagePlan,
+    streams::{self, DigestCheck},
+};
+use crate::{
+    crypt::Recipients,
+    manifest::{Compression, Descriptor, ImageConfig, Manifest},
+};
+
+/// Makes something of an image's layers.
+pub trait Remake: Sync {
+    /// Stores what is made, and gives the manifest.
+    ///
+    /// # Errors
+    /// [`CopyError`]: the destination is then left as it was.
+    fn remake(&self, image: &Remaking<'_>) -> Result<Remade, CopyError>;
+}
+
+/// What was made.
+pub struct Remade {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// What is said of its blobs.
+    pub layers: Vec<CopiedLayer>,
+}
+
+/// An image whose layers can be read.
+pub struct Remaking<'a> {
+    job: &'a Job<'a>,
+    manifest: &'a Manifest,
+    plan: &'a ImagePlan,
+    config: &'a ImageConfig,
+    config_bytes: &'a [u8],
+    stop: AtomicBool,
+}
+
+impl<'a> Remaking<'a> {
+    pub(super) fn new(
+        job: &'a Job<'a>,
+        manifest: &'a Manifest,
+        plan: &'a ImagePlan,
+        config: &'a ImageConfig,
+        config_bytes: &'a [u8],
+    ) -> Self {
+        Self { job, manifest, plan, config, config_bytes, stop: AtomicBool::new(false) }
+    }
+
+    /// The manifest as it is.
+    pub fn manifest(&self) -> &Manifest {
+        self.manifest
+    }
+
+    /// The config's bytes, which have the digest that the manifest says.
+    pub fn config(&self) -> &[u8] {
+        self.config_bytes
+    }
+
+    /// For whom what is made is to be encrypted.
+    pub fn recipients(&self) -> Option<&Recipients> {
+        self.job.options.encrypt.map(|(recipients, _)| recipients)
+    }
+
+    /// Where people see what happens.
+    pub fn progress(&self) -> &dyn Progress {
+        self.job.options.progress
+    }
+
+    /// How many layers there are.
+    pub fn layers(&self) -> usize {
+        self.plan.layers.len()
+    }
+
+    /// Reads the uncompressed tar of a layer. The stream ends without an error only if the blob, what was encrypted, and the tar have
+    /// the digests that the manifest, the key's document and the config say.
+    ///
+    /// # Errors
+    /// [`CopyError`]; whatever `read` gives comes back.
+    pub fn layer<T>(
+        &self,
+        index: usize,
+        read: impl FnOnce(&mut dyn Read, &dyn Task) -> Result<T, CopyError>,
+    ) -> Result<T, CopyError> {
+        let missing = || CopyError::Unsupported(format!("the image has no layer {index}"));
+        let plan = self.plan.layers.get(index).ok_or_else(missing)?;
+        let diff_id = *self.config.rootfs.diff_ids.get(index).ok_or_else(missing)?;
+        let what = plan.source.digest.to_string();
+        if plan.compression.is_none() || (crate::crypt::is_encrypted(&plan.source) && !plan.decrypt) {
+            let problem = format!("layer {what} is encrypted: give its key with --decryption-key");
+            return Err(CopyError::Unsupported(problem));
+        }
+        let damaged = |source| CopyError::from_stream(&what, source);
+        let task = self.progress().begin(&format!("layer {}", plan.source.digest.short()), Some(plan.source.size));
+        let mut stream: Box<dyn Read + Send + '_> =
+            Box::new(layer::open(self.job, &plan.source, task.as_ref(), &self.stop)?);
+        if plan.decrypt {
+            stream = layer::decrypt(self.job, &Layer { plan, diff_id: Some(diff_id) }, stream)?;
+        }
+        let stream = streams::decompress(stream, plan.compression.unwrap_or(Compression::None)).map_err(damaged)?;
+        let limit = self.job.options.layer_limit;
+        let mut stream = DigestCheck::new(stream, "the uncompressed layer", diff_id, limit);
+        let outcome = read(&mut stream, task.as_ref())?;
+        // Whoever read it may have stopped before the end, where the checks are.
+        if std::io::copy(&mut stream, &mut std::io::sink()).map_err(damaged)? > 0 {
+            return Err(CopyError::NotReadToEnd(what));
+        }
+        Ok(outcome)
+    }
+
+    /// Stores a new blob.
+    ///
+    /// # Errors
+    /// [`CopyError`], also of the stream
+    pub fn put(&self, content: &mut dyn Read, media_type: &str) -> Result<Descriptor, CopyError> {
+        let nothing = Digest::sha256(b"");
+        let ((digest, size), _) = layer::put(self.job, content, &nothing, None)?;
+        Ok(Descriptor::new(media_type, digest, size))
+    }
+
+    /// Whether the destination has a blob.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn has(&self, descriptor: &Descriptor) -> Result<bool, CopyError> {
+        Ok(self.job.sink.has_blob(descriptor)?)
+    }
+
+    /// Copies a blob of another image, whose digest is checked.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn put_verbatim(&self, content: &mut dyn Read, descriptor: &Descriptor) -> Result<(), CopyError> {
+        layer::put(self.job, content, &descriptor.digest, Some(descriptor)).map(drop)
+    }
+
+    /// Gives up: streams of other threads end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
