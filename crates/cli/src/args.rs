@@ -1,6 +1,7 @@
 //! The command line: noun, then verb. This module only says what there is; `commands` does it.
 
 pub(crate) mod disk;
+pub(crate) mod lazy;
 
 use std::path::PathBuf;
 
@@ -224,8 +225,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "RUNTIME")]
     pub(crate) runtime: Option<String>,
     /// Use the stored image as it is, without asking its registry; the policy is checked all the same
-    #[arg(long)]
+    #[arg(long, conflicts_with = "lazy")]
     pub(crate) offline: bool,
+    /// Mount a lazy image instead of pulling it: it starts before it is downloaded
+    #[arg(long)]
+    pub(crate) lazy: bool,
+    #[command(flatten)]
+    pub(crate) lazy_options: lazy::LazyArgs,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
     #[command(flatten)]
@@ -240,6 +246,8 @@ pub(crate) enum ImageCommand {
     Pull(PullArgs),
     /// Copy an image between transports; encrypt, decrypt, sign on the way
     Copy(CopyArgs),
+    /// Mount a lazy image, which is read from its registry as it is used
+    Mount(Box<lazy::MountArgs>),
     /// List the images of the store
     Ls {
         /// Print JSON
@@ -262,9 +270,9 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Unmount a bundle that `pull --bundle` made, and forget its changes
+    /// Unmount a lazy image, or a bundle that `pull --bundle` made, whose changes are forgotten
     Umount {
-        /// The bundle
+        /// The mount point, or the bundle
         bundle: PathBuf,
     },
 }
@@ -342,6 +350,8 @@ pub(crate) struct CopyArgs {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) make_lazy: lazy::MakeLazyArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
 }

@@ -10,9 +10,10 @@ use nacre_export::{
     nbd::NbdError,
 };
 use nacre_guest::{
-    bundle::ComposeError, config::ConfigError, images::PullError, service::ServiceError, services::CallError,
-    store::StoreError,
+    bundle::ComposeError, config::ConfigError, images::PullError, lazy::LazyError, service::ServiceError,
+    services::CallError, store::StoreError,
 };
+use nacre_lazy::{artifact::ArtifactError, frames::FrameError, image::OpenError};
 use nacre_objectstore::ObjectStoreError;
 use nacre_oci::{
     copy::CopyError,
@@ -45,6 +46,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             ServiceError::Broker(error) => class(error),
             ServiceError::Crypt(error) => class(error),
             ServiceError::Compose(error) => class(error),
+            ServiceError::Lazy(error) => class(error),
             ServiceError::File { .. } => Some(Exit::Io),
             ServiceError::Config(_) | ServiceError::Uri(_) | ServiceError::Platform(_) | ServiceError::Reference(_) => {
                 Some(Exit::Usage)
@@ -63,6 +65,22 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PullError::Stack { .. } | PullError::IndexDepth { .. } => Some(Exit::NotTrusted),
             PullError::Reference(_) => Some(Exit::Usage),
             PullError::TooManyLayers { .. } => None,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<LazyError>() {
+        return match error {
+            LazyError::Pull(error) => class(error),
+            LazyError::Artifact(ArtifactError::Key(error)) => class(error),
+            LazyError::Artifact(ArtifactError::Kind { .. }) => Some(Exit::Usage),
+            LazyError::Open(OpenError::Local(_)) | LazyError::Io { .. } | LazyError::Fuse(_) | LazyError::Erofs(_) => {
+                Some(Exit::Io)
+            }
+            LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Some(Exit::Io),
+            LazyError::Artifact(_)
+            | LazyError::Open(_)
+            | LazyError::Check(_)
+            | LazyError::Device { .. }
+            | LazyError::Config(_) => Some(Exit::NotTrusted),
         };
     }
     if let Some(error) = error.downcast_ref::<LayerError>() {

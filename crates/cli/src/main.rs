@@ -42,7 +42,7 @@ fn run(cli: &Cli) -> anyhow::Result<i32> {
         Command::DemoGuest(args) => return demo::guest(args),
         Command::DemoWorkload => demo::workload()?,
         Command::Run(args) => return commands::run::run(global, args),
-        Command::Image(command) => commands::image::image(global, command)?,
+        Command::Image(command) => return commands::image::image(global, command),
         Command::Broker(command) => commands::broker::broker(command)?,
         Command::Disk(command) => return commands::disk::disk(global, command),
         Command::Attest(command) => commands::attest::attest(global, command)?,

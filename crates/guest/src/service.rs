@@ -29,8 +29,8 @@ use nacre_oci::{
 use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
-    lazy::{LazyError, LazyImage, LazyMount, LazyStore},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
+    lazy::{LazyError, LazyImage, LazyMount, LazyStore},
     store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
 
@@ -278,8 +278,8 @@ impl ImageService {
         let store = self.images.store();
         let upper = UpperDir::At(store.bundle_dir(&record.id));
         let user_xattr = store.marks() == Marks::User;
-        let made = Plan::new(&record.path, layers, &upper, config, overrides, user_xattr)
-            .and_then(|plan| plan.carry_out());
+        let made =
+            Plan::new(&record.path, layers, &upper, config, overrides, user_xattr).and_then(|plan| plan.carry_out());
         if let Err(error) = made {
             store.remove_bundle(&record.id)?;
             return Err(error.into());

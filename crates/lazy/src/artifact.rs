@@ -19,7 +19,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
     /// It is some other kind of image.
-    #[error("this is no lazy image: its artifactType is {found}, not {ARTIFACT_TYPE}; make one with `nacre image copy --lazy`")]
+    #[error(
+        "this is no lazy image: its artifactType is {found}, not {ARTIFACT_TYPE}; make one with `nacre image copy --lazy`"
+    )]
     Kind {
         /// As it is.
         found: String,

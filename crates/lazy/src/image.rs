@@ -235,7 +235,9 @@ impl Table {
                 }
             }
             match wanted {
-                Err(error) if attempt < 3 => tracing::warn!("{}: {error}; it is asked for again", self.blob),
+                // The first answer is the cache's, which need not have it.
+                Err(error) if attempt == 0 => tracing::debug!("{}: {error}; its source is asked", self.blob),
+                Err(error) if attempt < 4 => tracing::warn!("{}: {error}; it is asked for again", self.blob),
                 other => return Ok(other?),
             }
             attempt += 1;

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use nacre_core::{KeySource, KeySourceError, ResourceUri, SecretBytes, SystemClock};
+use nacre_lazy::build::LazyRemake;
 use nacre_oci::{
     copy::{
-        self, Copied, CopyOptions, EncryptLayers, ExistingSignatures, Platforms, Recompress, Sign, SigningKey, Source,
+        self, Copied, CopyOptions, EncryptLayers, ExistingSignatures, Platforms, Recompress, Remake, Sign, SigningKey,
+        Source,
     },
     crypt::{Keyring, Recipients},
     manifest::{Compression, Index, Platform, verify_manifest},
@@ -21,6 +23,7 @@ use nacre_oci::{
 };
 use serde_json::json;
 
+use super::lazy;
 use crate::{
     args::{CopyArgs, Global},
     exit::Usage,
@@ -63,11 +66,21 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         None => Source::without_policy(&*source)?,
     };
 
+    let make_lazy = args.make_lazy.lazy.then(|| {
+        let open = |text: &str| anyhow::Ok(open_source(&location(text, &client)?, &client)?);
+        let platform = match &platforms {
+            Platforms::One(platform) => platform.clone(),
+            Platforms::Host | Platforms::All => Platform::host(),
+        };
+        lazy::remake(&args.make_lazy, &keyring, open, &platform)
+    });
+    let make_lazy = make_lazy.transpose()?;
     let options = CopyOptions {
         platforms,
         compression,
         decrypt: (!args.decryption_key.is_empty()).then_some(&keyring),
         encrypt: (!args.encrypt.is_empty()).then_some((&recipients, &layers)),
+        remake: make_lazy.as_ref().map(|remake| -> &dyn Remake { remake }),
         signatures: if args.remove_signatures { ExistingSignatures::Remove } else { ExistingSignatures::Keep },
         sign: (!keys.is_empty())
             .then(|| Sign { keys: keys.iter().map(|key| key.as_signing(args.sign_bundle)).collect(), identity }),
@@ -76,7 +89,10 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         ..CopyOptions::default()
     };
     let copied = copy::copy(&source, &*sink, &options)?;
-    report(args, &copied)
+    if let Some(made) = &make_lazy {
+        lazy::note(made, &*setup.progress);
+    }
+    report(args, &copied, make_lazy.as_ref())
 }
 
 fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
@@ -192,7 +208,7 @@ fn first_line(path: &Path) -> anyhow::Result<SecretBytes> {
     Ok(SecretBytes::new(line.to_vec()))
 }
 
-fn report(args: &CopyArgs, copied: &Copied) -> anyhow::Result<()> {
+fn report(args: &CopyArgs, copied: &Copied, lazy: Option<&LazyRemake>) -> anyhow::Result<()> {
     if !args.json {
         return Ok(output::line(copied.digest)?);
     }
@@ -216,5 +232,6 @@ fn report(args: &CopyArgs, copied: &Copied) -> anyhow::Result<()> {
         "images": copied.images.iter().map(image).collect::<Vec<_>>(),
         "signatures_kept": copied.signatures_kept,
         "signatures_made": copied.signatures_made,
+        "lazy": lazy.map(lazy::reports),
     }))
 }

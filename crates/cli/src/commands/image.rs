@@ -22,10 +22,12 @@ use crate::{
     setup::{self, Setup},
 };
 
-pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<()> {
+/// The exit code.
+pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<i32> {
     match command {
         ImageCommand::Pull(args) => pull(global, args),
         ImageCommand::Copy(args) => super::copy::copy(global, args),
+        ImageCommand::Mount(args) => return super::lazy::mount(global, args),
         ImageCommand::Ls { json } => list(global, *json),
         ImageCommand::Inspect(args) => inspect(global, args),
         ImageCommand::Verify(args) => verify(global, args),
@@ -33,6 +35,7 @@ pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<(
         ImageCommand::Gc { json } => collect(global, *json),
         ImageCommand::Umount { bundle } => unmount(global, bundle),
     }
+    .map(|()| 0)
 }
 
 fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
@@ -261,5 +264,8 @@ fn collect(global: &Global, json: bool) -> anyhow::Result<()> {
 
 fn unmount(global: &Global, bundle: &Path) -> anyhow::Result<()> {
     setup::privileged()?;
+    if super::lazy::unmount(bundle)? {
+        return Ok(());
+    }
     Ok(ImageService::unmount_bundle(&Setup::new(global, false)?.store()?, bundle)?)
 }

@@ -17,8 +17,16 @@ pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     let setup = Setup::new(global, false)?.with_keys(&args.keys);
     let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
     let runtime = Runtime::find(args.runtime.as_deref())?;
+    let overrides = overrides(args);
+    if args.lazy {
+        return super::lazy::run(&service, args, &overrides, &runtime);
+    }
     let pulled = if args.offline { open(&service, &args.image)? } else { service.pull(&args.image)? };
-    let overrides = Overrides {
+    run_pulled(&service, &pulled, &overrides, &runtime)
+}
+
+fn overrides(args: &RunArgs) -> Overrides {
+    Overrides {
         args: (!args.command.is_empty()).then(|| args.command.clone()),
         // What stands after `--` is the whole command, as `ctr run` takes it.
         entrypoint: (!args.command.is_empty()).then(Vec::new),
@@ -27,8 +35,7 @@ pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
         user: args.user.clone(),
         read_only: args.read_only,
         ..Overrides::default()
-    };
-    run_pulled(&service, &pulled, &overrides, &runtime)
+    }
 }
 
 /// Runs a pulled image in a bundle that goes afterwards.

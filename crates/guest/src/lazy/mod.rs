@@ -185,6 +185,11 @@ impl LazyStore {
         Ok(Self { options, shared })
     }
 
+    /// Where metadata and mounts are.
+    pub fn directory(&self) -> &Path {
+        &self.options.directory
+    }
+
     /// The cache and its counters.
     pub fn shared(&self) -> &Shared {
         &self.shared
@@ -268,8 +273,7 @@ fn mount_tree(image: &LazyImage, target: &Path) -> Result<Served, LazyError> {
     let path = image.place.metadata();
     let file = File::open(&path).map_err(io_error("open the metadata file", &path))?;
     let tree = Image::open(file).map_err(|error| io_error("read the metadata file", &path)(io::Error::other(error)))?;
-    let options =
-        FuseOptions { name: "nacre-lazy".into(), nosuid: false, threads: THREADS, ..FuseOptions::default() };
+    let options = FuseOptions { name: "nacre-lazy".into(), nosuid: false, threads: THREADS, ..FuseOptions::default() };
     let filesystem = tree::TreeFs { reader: Arc::clone(&image.reader), image: tree };
     Ok(Served::Fuse(Session::mount(target, &options, Arc::new(filesystem))?))
 }

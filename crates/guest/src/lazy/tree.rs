@@ -6,9 +6,7 @@ use nacre_lazy::{
     erofs::{FileType, Image, Inode as Node, ReadError},
     reader::Reader,
 };
-use nacre_sys::fuse::{
-    Answered, Attributes, Entries, Errno, Inode, Kind, ReadOnly, ReadReply, Statistics, XattrNames,
-};
+use nacre_sys::fuse::{Answered, Attributes, Entries, Errno, Inode, Kind, ReadOnly, ReadReply, Statistics, XattrNames};
 
 /// A block of the data device.
 const BLOCK: u64 = 4096;

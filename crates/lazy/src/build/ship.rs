@@ -87,13 +87,8 @@ fn data_blob(descriptor: &Descriptor) -> Result<DataBlob, CopyError> {
 
 impl LazyRemake {
     fn build(&self, image: &Remaking<'_>, domain: Option<&Domain>, data_type: &str) -> Result<Built, CopyError> {
-        let options = BuildOptions {
-            domain,
-            level: self.level,
-            chunk: self.chunk,
-            threads: self.threads,
-            limits: &self.limits,
-        };
+        let options =
+            BuildOptions { domain, level: self.level, chunk: self.chunk, threads: self.threads, limits: &self.limits };
         let mut builder = Builder::new(options).map_err(failed)?;
         for shared in &self.shared {
             builder.share(&shared.blobs, shared.entries.iter().copied());

@@ -51,7 +51,10 @@ fn request(remote: &Remote, descriptor: &Descriptor, offset: u64, out: &mut [u8]
         }
         _ => return Err(response.into_failure()),
     }
-    response.body.read_exact(out).map_err(|error| Failure::Network(format!("{}: {}", response.url, describe_io(&error))))
+    response
+        .body
+        .read_exact(out)
+        .map_err(|error| Failure::Network(format!("{}: {}", response.url, describe_io(&error))))
 }
 
 fn check_range(response: &Response, descriptor: &Descriptor, offset: u64, last: u64) -> Result<(), Failure> {

@@ -12,7 +12,8 @@ use nacre_core::{Digest, Untrusted};
 
 use super::{
     Client,
-    blob::BlobStream, range,
+    blob::BlobStream,
+    range,
     remote::Remote,
     retry::{Backoff, Failure},
 };
