@@ -63,7 +63,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PullError::Manifest(error) => class(error),
             PullError::Trust(error) => class(error),
             PullError::Stack { .. } | PullError::IndexDepth { .. } => Some(Exit::NotTrusted),
-            PullError::Reference(_) => Some(Exit::Usage),
+            PullError::Reference(_) | PullError::Lazy(_) => Some(Exit::Usage),
             PullError::TooManyLayers { .. } => None,
         };
     }

@@ -178,8 +178,19 @@ fn show_inspected(all: &Value) -> std::io::Result<()> {
         output::line(format_args!("{what:<10} {}", text(digest)))?;
     }
     let config = |pointer: &str| all.pointer(pointer).map(Value::to_string).unwrap_or_default();
-    output::line(format_args!("platform   {}/{}", text(&all["config"]["os"]), text(&all["config"]["architecture"])))?;
-    output::line(format_args!("command    {} {}", config("/config/config/Entrypoint"), config("/config/config/Cmd")))?;
+    if all["config"].is_null() {
+        output::line(
+            "lazy       its config and its tree are in the metadata, layer 0; the table is layer 1, data the others",
+        )?;
+    } else {
+        let platform = (text(&all["config"]["os"]), text(&all["config"]["architecture"]));
+        output::line(format_args!("platform   {}/{}", platform.0, platform.1))?;
+        output::line(format_args!(
+            "command    {} {}",
+            config("/config/config/Entrypoint"),
+            config("/config/config/Cmd")
+        ))?;
+    }
     for (index, layer) in
         all.pointer("/manifest_document/layers").and_then(Value::as_array).into_iter().flatten().enumerate()
     {

@@ -23,6 +23,11 @@ pub enum PullError {
     /// The policy, or the rules for the kinds of image, refuse it.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// It is not unpacked, but mounted.
+    #[error(
+        "{0} is a lazy image, which is not pulled: mount it with `nacre image mount`, or run it with `nacre run --lazy`"
+    )]
+    Lazy(String),
     /// Indexes of indexes of indexes.
     #[error("{image}: more than {depth} indexes lead to its manifest")]
     IndexDepth {

@@ -9,6 +9,7 @@ mod stack;
 use std::sync::Arc;
 
 use nacre_core::{Clock, Digest, KeySource, Progress};
+use nacre_lazy::artifact::is_lazy;
 use nacre_oci::{
     crypt::{self, Keyring, PublicOptions},
     manifest::{ImageConfig, Index, Manifest, Platform, RawManifest, verify_manifest},
@@ -89,8 +90,8 @@ pub struct Inspected {
     pub chain: Vec<Digest>,
     /// The manifest, as it came.
     pub manifest: Vec<u8>,
-    /// The image config.
-    pub config: ImageConfig,
+    /// The image config; a lazy image's is in its metadata, which may be encrypted.
+    pub config: Option<ImageConfig>,
 }
 
 /// An image as its name resolved, nothing of it trusted beyond digests.
@@ -144,6 +145,9 @@ impl Images {
     pub fn pull(&self, source: &dyn ImageSource) -> Result<PulledImage, PullError> {
         let requested = source.location();
         let resolved = self.resolve(source)?;
+        if is_lazy(&resolved.manifest) {
+            return Err(PullError::Lazy(requested.to_string()));
+        }
         let (admission, recording) = self.admit_from(&resolved, requested, source.signatures())?;
         // Both at once: whoever removes the image meanwhile takes none of this pull's.
         let digest = resolved.raw().digest();
@@ -201,7 +205,10 @@ impl Images {
     /// [`PullError`]
     pub fn inspect(&self, source: &dyn ImageSource) -> Result<Inspected, PullError> {
         let resolved = self.resolve(source)?;
-        let (config, _) = self.config(source, &resolved)?;
+        let config = match is_lazy(&resolved.manifest) {
+            true => None,
+            false => Some(self.config(source, &resolved)?.0),
+        };
         let name = source.location().to_string();
         Ok(Inspected { name, chain: resolved.digests(), manifest: resolved.raw().bytes().to_vec(), config })
     }
