@@ -124,9 +124,16 @@ impl Server {
         Handover { device: received.pop().unwrap(), parameters: Parameters::from_bytes(&bytes).unwrap() }
     }
 
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+    fn kill(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It has ended already where it handed over.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -172,6 +179,13 @@ impl Readers {
             std::io::copy(output, &mut std::io::sink()).unwrap();
             assert!(child.wait().unwrap().success(), "a reader failed");
         }
+    }
+}
+
+impl Drop for Readers {
+    fn drop(&mut self) {
+        // Not waited for: after a test that failed, nobody may serve what they wait for.
+        self.children.iter_mut().for_each(|(child, _)| _ = child.kill());
     }
 }
 

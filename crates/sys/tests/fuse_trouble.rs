@@ -7,15 +7,16 @@ mod memory_tree;
 
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use memory_tree::{MemoryTree, Place, expected, fuse};
 use nacre_sys::fs::is_mount_point;
-use nacre_sys::fuse::{Ended, Errno, FuseError, Inode, NotifyError, Open};
+use nacre_sys::fuse::{Ended, Errno, FuseError, Inode, Notifier, NotifyError, Open, Options};
 
 /// Holds reads up until it is opened.
 #[derive(Clone, Default)]
@@ -304,6 +305,56 @@ fn a_store_waits_for_the_read_of_its_pages_and_for_no_other() {
         within(Duration::from_secs(10), "the store goes on", || store.is_finished());
         assert_eq!(reader.join().unwrap(), expected(slow, 0, 1 << 20));
     });
+}
+
+#[test]
+fn a_thread_that_no_read_waits_for_may_store_what_is_read_next() {
+    if !fuse() {
+        return;
+    }
+    // Each read has the rest of the file stored, of which more is being read ahead: by one thread that serves, and one that stores.
+    let mut tree = MemoryTree::new();
+    let size = 16 << 20;
+    let inode = tree.file("file", size);
+    let (fetched, to_store) = mpsc::channel::<(Notifier, u64)>();
+    tree.hook = Box::new(move |read| {
+        let _ = fetched.send((read.notifier.unwrap().clone(), read.offset + read.size as u64));
+        Ok(())
+    });
+    let storing = thread::spawn(move || {
+        for (notifier, offset) in to_store {
+            let length = usize::try_from(size.saturating_sub(offset)).unwrap().min(1 << 20);
+            notifier.store(inode, offset, &expected(inode, offset, length)).unwrap();
+        }
+    });
+    let place = Place::with(tree, Options { threads: NonZeroUsize::MIN, ..Options::default() });
+    let bytes = fs::read(place.path("file")).unwrap();
+    assert!(bytes == expected(inode, 0, usize::try_from(size).unwrap()));
+    let Place { session, tree, .. } = place;
+    drop(session);
+    drop(tree);
+    storing.join().unwrap();
+}
+
+#[test]
+fn a_thread_that_stores_what_it_is_asked_for_waits_until_an_abort() {
+    if !fuse() {
+        return;
+    }
+    let mut tree = MemoryTree::new();
+    let inode = tree.file("file", 1 << 20);
+    tree.hook =
+        Box::new(move |read| read.notifier.unwrap().store(inode, read.offset, &[0; 4096]).map_err(|_| Errno::IO));
+    let mut place = Place::new(tree);
+    thread::scope(|scope| {
+        let path = place.path("file");
+        let reader = scope.spawn(|| fs::read(path));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!reader.is_finished(), "the page was not locked");
+        place.session.abort().unwrap();
+        assert!(reader.join().unwrap().is_err());
+    });
+    place.session.wait();
 }
 
 #[test]

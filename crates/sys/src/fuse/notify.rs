@@ -1,10 +1,4 @@
-//! What a session tells the kernel unasked.
-//!
-//! # Which thread may call
-//! [`Notifier::store`] and [`Notifier::invalidate`] wait for the locks of the pages that they cover, and a page is locked from when the
-//! kernel decides to read it until that read is answered, also while the request still lies in the queue. The wait cannot be
-//! interrupted, not even by SIGKILL. So they are for a thread **that no read waits for**: neither a thread that serves (in a method of
-//! [`ReadOnly`](super::ReadOnly), before or after it replied), nor one whose work such a method awaits.
+//! What a session tells the kernel unasked. Which thread may do so, [`Notifier`] says.
 
 use std::io::IoSlice;
 use std::sync::Weak;
@@ -43,6 +37,20 @@ pub enum NotifyError {
 }
 
 /// Tells the kernel about files; cheap to clone, and of no effect once its session has ended.
+///
+/// # Which thread may call
+/// [`Notifier::store`] and [`Notifier::invalidate`] wait for the locks of the pages that they cover. A page is locked from when the kernel
+/// decides to read it until that read is answered: while the request lies in the queue, too, and for pages that are read ahead of
+/// anybody's wish. The wait cannot be interrupted, not even by SIGKILL; only [`Session::abort`](super::Session::abort) and its like end it.
+/// So they are for a thread **that no read waits for**. What Linux 6.18 does with others:
+///
+/// | who stores what | |
+/// |---|---|
+/// | a method of the filesystem, what it is asked for, before it replies | waits for itself for ever |
+/// | another thread, which such a method waits for | the same |
+/// | a method, after it replied, what comes next in the file | all threads wait for requests that none of them is left to read: for ever with one thread or two, by luck not with four |
+/// | a method, after it replied, what it replied with | goes well as long as nobody reads those pages anew; of no use |
+/// | a thread of its own, to which methods send what they fetched and on which they do not wait | always goes on |
 #[derive(Clone, Debug)]
 pub struct Notifier {
     device: Weak<Device>,
@@ -55,7 +63,7 @@ impl Notifier {
 
     /// Puts data of a file into the kernel's cache, as if it had been read. Only whole pages come to count, and a part of one that ends
     /// where the file ends. **Data beyond the end makes the kernel believe in a longer file.** Blocks while a read of one of the pages
-    /// is in flight: see the [module](self) for which thread may call.
+    /// is in flight: see [`Notifier`] for which thread may call.
     ///
     /// # Errors
     /// [`NotifyError`]; a part may have been stored.

@@ -45,7 +45,8 @@ impl<'a> ReadReply<'a> {
     }
 
     /// Answers with memory of the filesystem's own: the kernel copies from there, at once. Up to 15 pieces take no allocation, and
-    /// there may be 1000.
+    /// there may be 1000. Memory of a mapped file may be on a disk still: where this process is killed while the kernel waits for it, the
+    /// read fails instead of being the successor's.
     ///
     /// # Errors
     /// `EIO`: they are more than is wanted, a mistake of the filesystem.

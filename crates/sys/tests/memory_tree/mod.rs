@@ -14,10 +14,11 @@ use nacre_sys::fuse::{
 };
 
 /// What happens before a read is answered.
-type Hook = Box<dyn Fn(&Read) -> Result<(), Errno> + Send + Sync>;
+type Hook = Box<dyn Fn(&Read<'_>) -> Result<(), Errno> + Send + Sync>;
 
 /// A read that arrived.
-pub struct Read {
+pub struct Read<'a> {
+    pub notifier: Option<&'a Notifier>,
     pub inode: Inode,
     pub offset: u64,
     pub size: usize,
@@ -150,7 +151,7 @@ impl ReadOnly for MemoryTree {
 
     fn read(&self, inode: Inode, offset: u64, mut reply: ReadReply<'_>) -> Result<Answered, Errno> {
         self.reads.fetch_add(1, Ordering::SeqCst);
-        (self.hook)(&Read { inode, offset, size: reply.size() })?;
+        (self.hook)(&Read { notifier: self.notifier.get(), inode, offset, size: reply.size() })?;
         let node = self.node(inode)?;
         let left = usize::try_from(node.attributes.size.saturating_sub(offset)).unwrap();
         let length = reply.size().min(left);
@@ -214,10 +215,14 @@ pub struct Place {
 
 impl Place {
     pub fn new(tree: MemoryTree) -> Self {
+        Self::with(tree, Options::default())
+    }
+
+    pub fn with(tree: MemoryTree, options: Options) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tree = Arc::new(tree);
         let filesystem = Arc::clone(&tree) as Arc<dyn ReadOnly>;
-        let session = Session::mount(dir.path(), &Options::default(), filesystem).unwrap();
+        let session = Session::mount(dir.path(), &options, filesystem).unwrap();
         Self { session, tree, dir }
     }
 
