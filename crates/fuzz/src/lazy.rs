@@ -2,9 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use nacre_lazy::erofs::{
-    Attributes, Device, FileType, Image, Limits, Node, ReadError, Summary, Timestamp, Tree, WriteOptions, check, write,
+use nacre_core::Digest;
+use nacre_lazy::{
+    erofs::{
+        Attributes, Device, FileType, Image, Limits, Node, ReadError, Summary, Timestamp, Tree, WriteOptions, check,
+        write,
+    },
+    format::{self, ChunkEntry, Cipher, Header, LeafEntry},
+    frames::FrameWriter,
+    image::Metadata,
+    table::Leaves,
 };
+use zerocopy::{FromZeros as _, IntoBytes as _};
 
 /// The image's superblock and what is in its block, and the checksum of them.
 const SUMMED: std::ops::Range<usize> = 1024..4096;
@@ -132,4 +141,87 @@ fn sample(count: u32) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     write(&tree, &options, &mut bytes).ok()?;
     Some(bytes)
+}
+
+/// A metadata blob in the clear, of the right digest: what a builder that means harm can have signed.
+pub(crate) fn metadata(bytes: &[u8]) {
+    let Ok(mut nowhere) = tempfile::tempfile() else { return };
+    let mut blob = bytes;
+    if let Ok(read) = Metadata::read(&mut blob, &Digest::sha256(bytes), None, &mut nowhere) {
+        assert_eq!(nowhere.metadata().map(|file| file.len()).ok(), Some(read.summary.erofs_bytes.get()));
+        assert_eq!(read.blobs.len(), read.summary.blobs.get() as usize);
+    }
+}
+
+/// Metadata blobs: whole ones, of few and many sections.
+pub(crate) fn metadata_blobs() -> Vec<Vec<u8>> {
+    [0u32, 3, 400].into_iter().filter_map(blob).collect()
+}
+
+fn blob(chunks: u32) -> Option<Vec<u8>> {
+    use std::io::Write as _;
+    let leaves = u64::from(chunks).div_ceil(format::LEAF_ENTRIES as u64);
+    let mut summary = format::Summary::new_zeroed();
+    summary.device_bytes = (u64::from(chunks) * 4096).into();
+    summary.erofs_bytes = 8192.into();
+    summary.chunks = u64::from(chunks).into();
+    summary.leaves = u32::try_from(leaves).ok()?.into();
+    summary.config_bytes = 2.into();
+    summary.trace = 1.into();
+    let mut frames = FrameWriter::new(Vec::new(), None, 3).ok()?;
+    frames.write_all(summary.as_bytes()).ok()?;
+    for leaf in 0..leaves {
+        let entry = LeafEntry { offset: (leaf * 170 * 4096).into(), digest: [7; 32] };
+        frames.write_all(entry.as_bytes()).ok()?;
+    }
+    frames.write_all(b"{}").ok()?;
+    frames.write_all(&[0; 8]).ok()?;
+    frames.write_all(&[0x42; 8192]).ok()?;
+    let bytes = frames.finish().ok()?;
+    debug_assert!(bytes.starts_with(Header::new(Cipher::None).as_bytes()));
+    Some(bytes)
+}
+
+/// A leaf of the chunk table, of the right digest. What is accepted covers its range.
+pub(crate) fn leaf(bytes: &[u8]) {
+    let chunks = bytes.len() / size_of::<ChunkEntry>();
+    let Some(bytes) = bytes.get(..chunks * size_of::<ChunkEntry>()).filter(|_| chunks <= format::LEAF_ENTRIES) else {
+        return;
+    };
+    let mut summary = format::Summary::new_zeroed();
+    summary.device_bytes = (1 << 20).into();
+    summary.chunks = (chunks as u64).into();
+    summary.leaves = 1.into();
+    summary.blobs = 2.into();
+    let digest = Digest::sha256(bytes);
+    let Ok(digest) = digest.as_bytes().try_into() else { return };
+    let Ok(leaves) = Leaves::new(summary, vec![LeafEntry { offset: 0.into(), digest }], None) else { return };
+    if let Ok(entries) = leaves.open(0, bytes.to_vec()) {
+        let mut next = 0;
+        for entry in &*entries {
+            assert_eq!(entry.offset.get(), next, "a leaf that was accepted has a gap");
+            next = entry.end();
+        }
+        assert_eq!(next, 1 << 20, "a leaf that was accepted ends elsewhere");
+    }
+}
+
+/// Leaves of one to many entries that cover a device of 1 MiB.
+pub(crate) fn leaves() -> Vec<Vec<u8>> {
+    let entry = |count: u64, at: u64| {
+        let length = (1 << 20) / count;
+        let mut entry = ChunkEntry::new_zeroed();
+        entry.offset = (at * length).into();
+        entry.length = length.into();
+        entry.method = u8::from(at % 2 == 1);
+        if at % 3 == 2 {
+            entry.method = 2;
+        } else {
+            entry.stored = u32::try_from(length - at % 2).unwrap_or_default().into();
+            entry.digest = [9; 32];
+        }
+        entry
+    };
+    let leaf = |count: u64| (0..count).flat_map(|at| entry(count, at).as_bytes().to_vec()).collect();
+    [1, 2, 16, 128].into_iter().map(leaf).collect()
 }

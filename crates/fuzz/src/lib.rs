@@ -68,6 +68,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd_option", run: nbd::options, seeds: nbd::handshakes },
     Target { name: "nbd_request", run: nbd::requests, seeds: nbd::request_seeds },
     Target { name: "erofs_check", run: lazy::erofs, seeds: lazy::erofs_images },
+    Target { name: "lazy_metadata", run: lazy::metadata, seeds: lazy::metadata_blobs },
+    Target { name: "lazy_leaf", run: lazy::leaf, seeds: lazy::leaves },
 ];
 
 /// The target of that name.

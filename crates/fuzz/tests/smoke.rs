@@ -47,6 +47,8 @@ smoke!(
     nbd_option,
     nbd_request,
     erofs_check,
+    lazy_metadata,
+    lazy_leaf,
 );
 
 #[test]

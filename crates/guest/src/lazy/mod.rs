@@ -340,7 +340,10 @@ impl LazyMount {
                 }
             }
             Served::Fuse(mut session) => {
-                if let Err(error) = session.unmount() {
+                // Whoever unmounted it ended it, too.
+                if session.is_ended() {
+                    session.wait();
+                } else if let Err(error) = session.unmount() {
                     let back = Self { image, target, session: Served::Fuse(session) };
                     return Err((Box::new(back), error.into()));
                 }
