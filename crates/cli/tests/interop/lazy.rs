@@ -69,6 +69,15 @@ struct Mounted<'a> {
     target: PathBuf,
 }
 
+impl Mounted<'_> {
+    /// Leaves the unmounting to the test.
+    fn forget(self) -> PathBuf {
+        let target = self.target.clone();
+        std::mem::forget(self);
+        target
+    }
+}
+
 impl Drop for Mounted<'_> {
     fn drop(&mut self) {
         let output = self.place.nacre("store", &["image", "umount"]).arg(&self.target).output().unwrap();
@@ -245,6 +254,33 @@ fn what_the_host_changes_is_an_error_and_never_read() {
     let policy = scene.place.write("reject.json", r#"{"default":[{"type":"reject"}]}"#);
     let mut nacre = scene.place.nacre("store", &["run", "--lazy", "--policy", &policy, &target]);
     assert_refused(&nacre.output().unwrap(), &["reject"]);
+}
+
+#[test]
+fn a_killed_server_gives_errors_and_what_it_left_is_removed() {
+    let Some(scene) = Scene::new(&rich()) else { return };
+    let output = scene.copy("v1", &[]);
+    assert!(output.status.success(), "{}", said(&output));
+    let mounted = scene.mount(&scene.name("v1"), &[]).map_err(|output| said(&output)).unwrap();
+    let target = mounted.target.clone();
+    let server = fs::read_dir("/proc").unwrap().flatten().find(|process| {
+        let said = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        said.contains("image\0mount") && said.contains(&target.display().to_string())
+    });
+    let server = server.unwrap().file_name().into_string().unwrap();
+    run(Command::new("kill").args(["-9", &server]));
+    let start = Instant::now();
+    while Path::new("/proc").join(&server).join("exe").exists() {
+        assert!(start.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(20));
+    }
+    fs::read(target.join("noise")).unwrap_err();
+    drop(mounted.forget());
+    run(scene.place.nacre("store", &["image", "umount"]).arg(&target));
+    assert_eq!(fs::read_dir(scene.place.at("store/lazy/mounts")).unwrap().count(), 1);
+    drop(scene.mount(&scene.name("v1"), &[]).map_err(|output| said(&output)).unwrap());
+    assert_eq!(fs::read_dir(scene.place.at("store/lazy/mounts")).unwrap().count(), 0);
 }
 
 fn digest(bytes: &[u8]) -> String {

@@ -17,6 +17,7 @@ use std::{
     fs::{self, File},
     io,
     num::NonZeroUsize,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -42,12 +43,18 @@ use nacre_sys::{
     fuse::{FuseError, Options as FuseOptions, Session},
 };
 
+use rustix::{fs::FlockOperation, mount::UnmountFlags};
+
 use crate::images::{Images, PullError};
 
 /// The default of [`LazyOptions::cache_limit`].
 pub const CACHE_LIMIT: u64 = 10 << 30;
 /// The default of [`LazyOptions::patience`].
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Names below the directory.
+const MOUNTS: &str = "mounts";
+const METADATA: &str = "metadata";
+const DEVICE: &str = "device";
 /// Reads that are answered at once; most wait for the network.
 const THREADS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
 
@@ -147,16 +154,36 @@ pub struct LazyImage {
     place: Place,
 }
 
-/// A directory that goes when it is dropped.
-struct Place(PathBuf);
+/// A directory below `mounts` that goes when it is dropped. Whoever has it holds a lock of the metadata file, so that what killed
+/// processes left is told from what is in use.
+struct Place {
+    path: PathBuf,
+    erofs: File,
+}
 
 impl Place {
+    fn new(mounts: &Path) -> Result<Self, LazyError> {
+        let name = Digest::sha256(nacre_core::SecretArray::<16>::random().expose()).short();
+        let path = mounts.join(name);
+        fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
+        let metadata = path.join(METADATA);
+        let file = File::options().read(true).write(true).create_new(true).open(&metadata);
+        let place = Self { erofs: file.map_err(io_error("make the metadata file", &metadata))?, path };
+        let locked = rustix::fs::flock(&place.erofs, FlockOperation::NonBlockingLockExclusive);
+        // Another process that was cleaning up between the two steps has taken it away.
+        let gone = place.erofs.metadata().map_err(io_error("look at", &metadata))?.nlink() == 0;
+        match locked {
+            Ok(()) if !gone => Ok(place),
+            _ => Err(io_error("lock", &metadata)(io::Error::from(io::ErrorKind::ResourceBusy))),
+        }
+    }
+
     fn metadata(&self) -> PathBuf {
-        self.0.join("metadata")
+        self.path.join(METADATA)
     }
 
     fn device(&self) -> PathBuf {
-        self.0.join("device")
+        self.path.join(DEVICE)
     }
 }
 
@@ -165,7 +192,7 @@ impl Drop for Place {
         // Never below a mount: what is mounted there is gone before, or stays.
         let _ = fs::remove_dir(self.device());
         let _ = fs::remove_file(self.metadata());
-        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_dir(&self.path);
     }
 }
 
@@ -175,10 +202,11 @@ impl LazyStore {
     /// # Errors
     /// [`LazyError::Io`]
     pub fn open(options: LazyOptions) -> Result<Self, LazyError> {
-        let mounts = options.directory.join("mounts");
+        let mounts = options.directory.join(MOUNTS);
         fs::create_dir_all(&mounts).map_err(io_error("make the directory", &mounts))?;
         let only_us = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         fs::set_permissions(&mounts, only_us).map_err(io_error("change the mode", &mounts))?;
+        clean(&mounts).map_err(io_error("clean", &mounts))?;
         let cache = Cache::open(&options.cache, options.cache_limit)
             .map_err(io_error("open the cache of lazy images", &options.cache))?;
         let shared = Shared::new(Fetcher::new(Some(cache), options.patience));
@@ -203,15 +231,13 @@ impl LazyStore {
         let (manifest, admission) = images.admit_lazy(&*source)?;
         let artifact = Artifact::parse(&manifest)?;
         let key = artifact.unwrap(images.keyring())?;
-        let place = self.place()?;
+        let mut place = Place::new(&self.options.directory.join(MOUNTS))?;
         let path = place.metadata();
-        let file = File::options().read(true).write(true).create_new(true).open(&path);
-        let mut erofs = file.map_err(io_error("make the metadata file", &path))?;
         let mut stream = metadata_stream(&*source, &artifact).map_err(io_error("fetch the metadata", &path))?;
-        let metadata = Metadata::read(&mut stream, &artifact.metadata.digest, key.as_ref(), &mut erofs)?;
+        let metadata = Metadata::read(&mut stream, &artifact.metadata.digest, key.as_ref(), &mut place.erofs)?;
         metadata.check_blobs(&artifact.blobs())?;
         let config = ImageConfig::of_verified(&metadata.config)?;
-        let checked = erofs::check(&erofs, &erofs::Limits::default())?;
+        let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
         let blocks = metadata.summary.device_bytes.get() / BLOCK;
         if u64::from(checked.device_blocks) != blocks {
             return Err(LazyError::Device { tree: checked.device_blocks.into(), table: blocks });
@@ -221,13 +247,6 @@ impl LazyStore {
         let reader = Arc::new(Reader::new(Arc::clone(&self.shared), blobs_of, table, summary, blobs));
         let manifest = *admission.manifest();
         Ok(LazyImage { manifest, admission, config, reader, place })
-    }
-
-    fn place(&self) -> Result<Place, LazyError> {
-        let name = Digest::sha256(nacre_core::SecretArray::<16>::random().expose()).short();
-        let path = self.options.directory.join("mounts").join(name);
-        fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
-        Ok(Place(path))
     }
 
     /// Mounts an image on a directory, read-only.
@@ -240,7 +259,7 @@ impl LazyStore {
         let session = match self.options.front {
             Front::Erofs => erofs()?,
             Front::Fuse => mount_tree(&image, &target)?,
-            Front::Best => match mounts::support(&image.place.0) {
+            Front::Best => match mounts::support(&image.place.path) {
                 Ok(()) => erofs()?,
                 Err(error) => {
                     tracing::info!("{error}; the image is served by FUSE");
@@ -267,6 +286,22 @@ impl LazyStore {
         mounts::mount(&image.place.metadata(), devices, target, &mounts::Options::default())?;
         Ok(Served::Erofs(session))
     }
+}
+
+/// Removes what killed processes left: their data devices, which nobody answers for, and the metadata. Their mounts stay, and give errors,
+/// until somebody unmounts them.
+fn clean(mounts: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(mounts)? {
+        let path = entry?.path();
+        let Ok(file) = File::open(path.join(METADATA)) else { continue };
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        let _ = rustix::mount::unmount(path.join(DEVICE), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        tracing::info!("{}: what a killed process left is removed", path.display());
+        drop(Place { path, erofs: file });
+    }
+    Ok(())
 }
 
 fn mount_tree(image: &LazyImage, target: &Path) -> Result<Served, LazyError> {
