@@ -275,7 +275,7 @@ mod tests {
     }
 
     fn content(length: usize) -> Vec<u8> {
-        (0..length).map(|at| (at / 7 % 251) as u8).collect()
+        (0..length).map(|at| (at / 7).to_le_bytes()[0]).collect()
     }
 
     #[test]

@@ -225,13 +225,16 @@ fn report(args: &CopyArgs, copied: &Copied, lazy: Option<&LazyRemake>) -> anyhow
         let platform = image.platform.as_ref().map(ToString::to_string);
         json!({ "from": image.from, "to": image.to, "platform": platform, "layers": layers(image) })
     };
-    output::json(&json!({
+    let mut all = json!({
         "digest": copied.digest,
         "media_type": copied.media_type,
         "changed": copied.changed,
         "images": copied.images.iter().map(image).collect::<Vec<_>>(),
         "signatures_kept": copied.signatures_kept,
         "signatures_made": copied.signatures_made,
-        "lazy": lazy.map(lazy::reports),
-    }))
+    });
+    if let (Some(made), Some(fields)) = (lazy, all.as_object_mut()) {
+        fields.insert("lazy".into(), lazy::reports(made));
+    }
+    output::json(&all)
 }

@@ -99,8 +99,14 @@ fn listing(root: &Path) -> String {
     String::from_utf8(run(Command::new("sh").args(["-c", script]).current_dir(root)).stdout).unwrap()
 }
 
+/// What does not compress.
+fn noise() -> Vec<u8> {
+    let mixed = |at: u32| at.wrapping_mul(2_654_435_761).to_le_bytes()[2];
+    (0..700_000).map(mixed).collect()
+}
+
 fn rich() -> Image {
-    let noise: Vec<u8> = (0..700_000u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let noise = noise();
     let lower = Layer::of([
         Entry::dir("etc").mode(0o750).owner(3, 4).mtime(1_600_000_000, 500),
         Entry::file("etc/gone", "gone"),
@@ -189,8 +195,7 @@ fn a_second_version_shares_what_it_has_in_common() {
     };
     assert_eq!(data(&again), data(&first), "the same input gives the same blobs");
     // Other layers: only by being told of the first image can the builder know what is there.
-    let noise: Vec<u8> = (0..700_000u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let second = Image::builder().layer([Entry::file("new", "new"), Entry::file("elsewhere", noise)]).build();
+    let second = Image::builder().layer([Entry::file("new", "new"), Entry::file("elsewhere", noise())]).build();
     fs::remove_dir_all(scene.place.at("layout")).unwrap();
     second.write_layout(&scene.place.at("layout"), "v1");
     let key = scene.place.text("key.pem");

@@ -8,7 +8,7 @@
 //!
 //! The metadata is plaintext, and what the kernel mounts: `mounts` belongs on the pod's encrypted volume.
 //!
-//! Invariant: nothing is mounted of an image that was not admitted, and nothing that [`erofs::check`] refuses.
+//! Invariant: nothing is mounted of an image that was not admitted, and nothing that [`erofs::check()`] refuses.
 
 mod device;
 mod tree;

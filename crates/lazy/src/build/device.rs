@@ -337,14 +337,10 @@ mod tests {
     #[test]
     fn every_file_is_where_the_device_says() {
         let (mut device, mut sink) = (device(), Memory::default());
+        let sizes = [1, 4096, 4097, 65_536, 65_537, 700_001, 20_000, 300];
         let files: Vec<Vec<u8>> = (0..120u64)
-            .map(|at| {
-                noise(
-                    at,
-                    usize::try_from([1, 4096, 4097, 65_536, 65_537, 700_001, 20_000, 300][at as usize % 8] + at % 3)
-                        .unwrap(),
-                )
-            })
+            .zip(sizes.iter().cycle())
+            .map(|(at, size)| noise(at, size + usize::try_from(at % 3).unwrap()))
             .collect();
         let ids: Vec<FileId> = files.iter().map(|content| add(&mut device, &mut sink, content)).collect();
         device.flush(&mut sink).unwrap();

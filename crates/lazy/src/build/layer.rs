@@ -35,8 +35,15 @@ pub(super) struct LayerReader<'a> {
     pub(super) device: &'a mut Device,
     pub(super) limits: &'a Limits,
     pub(super) content: LayerContent,
-    /// The file whose content comes next; `None` inside where it is empty.
-    open: Option<(Box<Entry>, Vec<Vec<u8>>, Option<OpenFile>)>,
+    /// The file whose content comes next.
+    open: Option<Current>,
+}
+
+/// The entry that content comes for, its resolved path, and its place on the device.
+struct Current {
+    entry: Box<Entry>,
+    path: Vec<Vec<u8>>,
+    file: Option<OpenFile>,
 }
 
 impl<'a> LayerReader<'a> {
@@ -122,8 +129,8 @@ impl<'a> LayerReader<'a> {
         let node = match entry.kind {
             Kind::File => {
                 self.content.bytes += entry.size;
-                let open = (entry.size > 0).then(|| self.device.begin(entry.size));
-                self.open = Some((entry, path, open));
+                let file = (entry.size > 0).then(|| self.device.begin(entry.size));
+                self.open = Some(Current { entry, path, file });
                 return Ok(());
             }
             Kind::HardLink => {
@@ -142,12 +149,12 @@ impl<'a> LayerReader<'a> {
     }
 
     fn data<E>(&mut self, offset: u64, bytes: &[u8], sink: &mut Entrance) -> Result<(), BuildError<E>> {
-        let Some((_, _, Some(file))) = &mut self.open else { return Ok(()) };
+        let Some(Current { file: Some(file), .. }) = &mut self.open else { return Ok(()) };
         self.device.data(file, offset, bytes, sink).map_err(|Closed| BuildError::Stopped)
     }
 
     fn finish_file<E>(&mut self, sink: &mut Entrance) -> Result<(), BuildError<E>> {
-        let Some((entry, path, file)) = self.open.take() else { return Ok(()) };
+        let Some(Current { entry, path, file }) = self.open.take() else { return Ok(()) };
         let block = match file {
             Some(file) => self.device.end(file, sink).map_err(|Closed| BuildError::Stopped)?.0,
             None => 0,

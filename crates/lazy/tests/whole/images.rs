@@ -118,12 +118,12 @@ fn the_same_input_gives_the_same_bytes() {
 fn images_of_one_domain_share_blobs_by_themselves_and_chunks_when_they_are_told() {
     let (domain, registry) = (Domain::new(&secret(1)), Arc::new(Registry::default()));
     let [base, _] = two_layers();
-    let first = build(&registry, Some(&domain), &[base.clone()]);
+    let first = build(&registry, Some(&domain), std::slice::from_ref(&base));
     let second = build(&registry, Some(&domain), &two_layers());
     assert_eq!(first.data[0], second.data[0], "the base's blob does not depend on what is above it");
 
     let update = layer([Entry::file("elsewhere/large", noise(2, 900_001)), Entry::file("new", noise(9, 40_000))]);
-    let alone = build(&registry, Some(&domain), &[update.clone()]);
+    let alone = build(&registry, Some(&domain), std::slice::from_ref(&update));
     let image = open(&registry, &first, &shared(None)).unwrap();
     let blobs: Vec<DataBlob> =
         first.data.iter().map(|blob| DataBlob { digest: blob.digest, size: blob.size }).collect();
