@@ -56,13 +56,13 @@ fn thirty_thousand_files() {
     assert!(cfg!(debug_assertions) || time < Duration::from_millis(100), "{time:?} for a check");
 }
 
-/// Run it alone and optimised: its memory is the process's.
+/// A million where it is optimised, a tenth of it otherwise. Its memory is the process's, which nextest makes for it alone.
 #[test]
-#[ignore = "needs an optimised build"]
 fn a_million_files() {
+    let count = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
     let before = peak_mib();
     let start = Instant::now();
-    let tree = tree(1_000_000);
+    let tree = tree(count);
     let built = start.elapsed();
     let after = peak_mib();
     println!("tree: {} inodes in {built:?}, {} MiB", tree.inodes(), after - before);
@@ -78,7 +78,7 @@ fn a_million_files() {
     let time = timed_check(&bytes);
     println!("checked from memory in {time:?}");
     assert!((after - before) << 20 < 250 * summary.inodes);
-    assert!(time < Duration::from_millis(1500), "{time:?} for a check");
+    assert!(cfg!(debug_assertions) || time < Duration::from_millis(1500), "{time:?} for a check");
 }
 
 #[test]
