@@ -107,6 +107,32 @@ impl Fetcher {
         Self { cache, patience, flights: Mutex::default(), counters: Counters::default() }
     }
 
+    /// Reads a part of a blob that the caller verifies, again and again while that may help and there is time.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) fn read(
+        &self,
+        source: &dyn Blobs,
+        blob: &BlobId,
+        offset: u64,
+        out: &mut [u8],
+        mut attempt: u32,
+    ) -> Result<(), SourceError> {
+        let (deadline, mut wait) = (Instant::now() + self.patience, FIRST_WAIT);
+        loop {
+            match source.read(blob, offset, out, attempt) {
+                Err(error) if error.temporary && Instant::now() + wait <= deadline => {
+                    tracing::warn!("{error}; it is asked for again");
+                    self.counters.retries.fetch_add(1, Ordering::Relaxed);
+                }
+                other => return other,
+            }
+            std::thread::sleep(wait);
+            (attempt, wait) = (attempt + 1, (wait * 2).min(LONGEST_WAIT));
+        }
+    }
+
     /// The cache.
     pub fn cache(&self) -> Option<&Cache> {
         self.cache.as_ref()
@@ -184,6 +210,12 @@ impl Fetcher {
                 others.insert(digest, flight);
             }
         }
+        // Whatever becomes of this thread, nobody waits for it for ever.
+        let _landing = Landing {
+            fetcher: self,
+            flights: &others,
+            mine: mine.iter().map(|chunk| (chunk.entry.digest, *chunk)).collect(),
+        };
         self.fly(source, mine);
         wanted
             .iter()
@@ -259,6 +291,31 @@ impl Fetcher {
         if let Some(flight) = lock(&self.flights).remove(&chunk.entry.digest) {
             *lock(&flight.outcome) = Some(outcome);
             flight.landed.notify_all();
+        }
+    }
+}
+
+/// Chunks that one thread took upon itself to fetch.
+struct Landing<'a> {
+    fetcher: &'a Fetcher,
+    flights: &'a HashMap<[u8; DIGEST], Arc<Flight>>,
+    mine: Vec<([u8; DIGEST], Wanted)>,
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        for (digest, chunk) in &self.mine {
+            let Some(flight) = self.flights.get(digest) else { continue };
+            let mut outcome = lock(&flight.outcome);
+            if outcome.is_some() {
+                continue;
+            }
+            let (range, reason) = (chunk.range(), "whoever fetched it gave up unexpectedly".to_owned());
+            let last = SourceError { blob: chunk.blob, range, reason, temporary: false };
+            *outcome = Some(Err(FetchError::Source { attempts: 1, last }));
+            drop(outcome);
+            flight.landed.notify_all();
+            lock(&self.fetcher.flights).remove(digest);
         }
     }
 }

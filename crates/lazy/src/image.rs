@@ -11,10 +11,10 @@ use nacre_core::{Digest, Hasher};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    format::{BlobEntry, ChunkEntry, Cipher, DIGEST, FormatError, LeafEntry, Summary},
+    format::{BlobEntry, ChunkEntry, Cipher, FormatError, LeafEntry, Summary},
     frames::{FrameError, FrameReader},
     keys::MetadataKey,
-    source::{BlobId, Blobs, SourceError},
+    source::{BlobId, SourceError},
     table::Leaves,
 };
 
@@ -263,31 +263,3 @@ impl Table {
         kept.push_front((leaf, entries));
     }
 }
-
-/// Reads the whole of a blob through [`Blobs`], as a stream.
-pub struct BlobReader<'a> {
-    source: &'a dyn Blobs,
-    blob: BlobId,
-    at: u64,
-}
-
-impl<'a> BlobReader<'a> {
-    /// A stream of a blob.
-    pub fn new(source: &'a dyn Blobs, blob: BlobId) -> Self {
-        Self { source, blob, at: 0 }
-    }
-}
-
-impl Read for BlobReader<'_> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let length = out.len().min(usize::try_from(self.blob.size - self.at).unwrap_or(usize::MAX));
-        let out = out.get_mut(..length).unwrap_or_default();
-        if !out.is_empty() {
-            self.source.read(&self.blob, self.at, out, 0).map_err(io::Error::other)?;
-            self.at += length as u64;
-        }
-        Ok(length)
-    }
-}
-
-const _: () = assert!(DIGEST == 32);

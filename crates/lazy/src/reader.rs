@@ -327,7 +327,7 @@ impl Reader {
             {
                 return Ok(());
             }
-            self.source.read(blob, offset, out, attempt.saturating_sub(1))?;
+            fetcher.read(self.source.as_ref(), blob, offset, out, attempt.saturating_sub(1))?;
             if let Some(cache) = fetcher.cache() {
                 cache.write(blob, offset, out);
             }

@@ -163,16 +163,19 @@ fn neighbours_come_in_one_request_and_failures_are_tried_again() {
     let (domain, registry) = (Domain::new(&secret(1)), Arc::new(Registry::default()));
     let pushed = build(&registry, Some(&domain), &[layer([Entry::file("large", noise(1, 2_000_000))])]);
     let image = open(&registry, &pushed, &shared(None)).unwrap();
-    registry.failing.store(2, Ordering::Relaxed);
+    registry.failing.store(u32::MAX, Ordering::Relaxed);
     let error = image.reader.read_at(0, &mut [0; 10]).unwrap_err().to_string();
-    // The table is asked for by whoever reads, once.
-    assert!(error.contains("the connection was reset"), "{error}");
-    image.reader.read_at(0, &mut [0; 10]).unwrap_err();
+    assert!(error.contains("the chunk table") && error.contains("the connection was reset"), "{error}");
+    registry.failing.store(2, Ordering::Relaxed);
     let mut all = vec![0; 1 << 20];
     registry.requests.store(0, Ordering::Relaxed);
     image.reader.read_at(0, &mut all).unwrap();
     assert!(all == noise(1, 1 << 20));
-    assert_eq!(registry.requests.load(Ordering::Relaxed), 2, "one for the table, one for the chunks");
+    assert_eq!(
+        registry.requests.load(Ordering::Relaxed),
+        2 + 2,
+        "two that failed, one for the table, one for the chunks"
+    );
     registry.failing.store(2, Ordering::Relaxed);
     image.reader.read_at(1 << 20, &mut all[..500_000]).unwrap();
     assert!(all[..500_000] == noise(1, 2_000_000)[1 << 20..(1 << 20) + 500_000]);
@@ -229,4 +232,36 @@ fn an_upload_that_fails_fails_the_layer() {
         })
         .unwrap_err();
     assert!(matches!(&error, BuildError::Upload(error) if error.to_string() == "the registry is full"), "{error}");
+}
+
+/// A source whose code fails.
+struct Panics;
+
+impl nacre_lazy::source::Blobs for Panics {
+    fn read(
+        &self,
+        _blob: &nacre_lazy::source::BlobId,
+        _offset: u64,
+        _out: &mut [u8],
+        _attempt: u32,
+    ) -> Result<(), nacre_lazy::source::SourceError> {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        std::panic::resume_unwind(Box::new("a bug"));
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_thread_that_died() {
+    let (domain, registry) = (Domain::new(&secret(1)), Arc::new(Registry::default()));
+    let pushed = build(&registry, Some(&domain), &[layer([Entry::file("large", noise(1, 100_000))])]);
+    let image = open(&registry, &pushed, &shared(None)).unwrap();
+    let entry = image.reader.entries().unwrap()[0];
+    let wanted = [nacre_lazy::fetch::Wanted { blob: pushed.data[0], entry }];
+    let fetcher = nacre_lazy::fetch::Fetcher::new(None, std::time::Duration::from_secs(1));
+    let died = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| fetcher.fetch(&Panics, &wanted).is_err())).collect();
+        threads.into_iter().map(|thread| thread.join().is_err()).collect::<Vec<_>>()
+    });
+    assert!(died.contains(&true), "one of them had the bug");
+    fetcher.fetch(registry.as_ref(), &wanted).unwrap();
 }
