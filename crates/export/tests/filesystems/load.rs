@@ -10,7 +10,8 @@
 //!
 //! A sync of a directory counts when it returned before the server was killed. After that it may return without an error and mean
 //! nothing: XFS gives up its log when it fails, and finds then that it has nothing of the directory left to write. A sync of a file that
-//! returns counts in any case.
+//! returns counts in any case, but on XFS, where the same was seen of a file: there it counts when it returned before the kill, and one
+//! that returned after it is told where it was in vain.
 //!
 //! On btrfs a file that was renamed and removed was seen to come back under its first name, although the directory had been synced: with Linux
 //! 6.18, and on a plain file instead of a disk, too. Whether its log replay does that, or something here expects too much, is not known. So
@@ -20,7 +21,7 @@
 //! was last synced, or a later one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
@@ -105,10 +106,21 @@ impl fmt::Display for Totals {
     }
 }
 
+/// What filesystems do after a crash that they should not, whatever is beneath them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Quirks {
+    /// Removed files may come back, if whole.
+    pub(crate) revives: bool,
+    /// A sync of a file that returns after the kill may have been in vain.
+    pub(crate) forgets: bool,
+}
+
 /// One thread's directory and what it has to hold.
 struct Worker {
     directory: PathBuf,
-    revives: bool,
+    quirks: Quirks,
+    /// Files whose sync returned after the kill.
+    late: BTreeSet<u64>,
     files: BTreeMap<u64, State>,
     next: u64,
     live: u64,
@@ -139,11 +151,11 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// `revives`: removed files may come back, if whole.
-    pub(crate) fn new(at: &Path, revives: bool) -> Self {
+    pub(crate) fn new(at: &Path, quirks: Quirks) -> Self {
         let worker = |thread| Worker {
             directory: at.join(format!("thread{thread}")),
-            revives,
+            quirks,
+            late: BTreeSet::new(),
             files: BTreeMap::new(),
             // Numbers of several threads do not meet.
             next: thread << 32,
@@ -201,8 +213,8 @@ impl Worker {
         let mut after = 20;
         while after > 0 {
             match rng.below(12) {
-                0..=2 => self.create(rng, None)?,
-                3..=5 => self.create(rng, Some(directory))?,
+                0..=2 => self.create(rng, None, stop)?,
+                3..=5 => self.create(rng, Some(directory), stop)?,
                 6 | 7 => self.rename(rng, directory)?,
                 8 => self.remove(rng, directory)?,
                 _ => self.overwrite(rng, &database)?,
@@ -234,7 +246,7 @@ impl Worker {
         Ok(())
     }
 
-    fn create(&mut self, rng: &mut Rng, moved: Option<&Directory<'_>>) -> io::Result<()> {
+    fn create(&mut self, rng: &mut Rng, moved: Option<&Directory<'_>>, stop: &AtomicBool) -> io::Result<()> {
         let number = self.next;
         self.next += 1;
         let name = format!("{number}.0");
@@ -245,6 +257,9 @@ impl Worker {
             file.write_all(piece)?;
         }
         file.sync_all()?;
+        if stop.load(Ordering::SeqCst) {
+            self.late.insert(number);
+        }
         self.totals.synced += 1;
         self.files.insert(number, State::There(first.clone()));
         if let Some(directory) = moved {
@@ -340,14 +355,20 @@ impl Worker {
             }
         }
         self.live = 0;
+        let late = std::mem::take(&mut self.late);
         for (number, state) in std::mem::take(&mut self.files) {
             let names = found.remove(&number).unwrap_or_default();
+            if self.quirks.forgets && late.contains(&number) && !self.is_whole(number, &names) {
+                println!("file {number} ({state:?}): its sync returned after the kill, and it is not whole");
+                names.iter().for_each(|name| fs::remove_file(self.directory.join(name)).unwrap());
+                continue;
+            }
             if let Some(name) = self.settle(number, &state, &names) {
                 self.live += length(number);
                 self.files.insert(number, State::There(name));
             }
         }
-        if self.revives {
+        if self.quirks.revives {
             for (number, names) in std::mem::take(&mut found) {
                 for name in names {
                     self.compare(number, &name, "removed");
@@ -370,7 +391,7 @@ impl Worker {
             (State::Going(old), [name]) if name == old => name,
             (State::Going(_), []) => return None,
             // Its removal was under way: it comes back as those do that are gone.
-            (State::Going(_), [name]) if self.revives && *name == format!("{number}.new") => {
+            (State::Going(_), [name]) if self.quirks.revives && *name == format!("{number}.new") => {
                 self.compare(number, name, "removed");
                 fs::remove_file(self.directory.join(name)).unwrap();
                 return None;
@@ -383,6 +404,12 @@ impl Worker {
         };
         self.compare(number, name, &format!("{state:?}"));
         Some(name.clone())
+    }
+
+    /// Whether a file is there under one name, and whole.
+    fn is_whole(&self, number: u64, names: &[String]) -> bool {
+        let [name] = names else { return false };
+        fs::read(self.directory.join(name)).unwrap() == content(number)
     }
 
     /// The file is whole.

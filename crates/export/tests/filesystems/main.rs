@@ -22,7 +22,7 @@ mod server;
 use std::{fs, path::Path, process::ExitCode, time::Duration};
 
 use common::{sh, try_sh};
-use load::Load;
+use load::{Load, Quirks};
 use nacre_testkit::{Rng, require, root, sim::seed};
 use server::{Place, Server};
 
@@ -105,7 +105,8 @@ fn survive(kind: &Kind) {
     fs::create_dir(place.at()).unwrap();
     place.format(kind.size);
     let rng = &mut Rng::new(seed);
-    let mut load = Load::new(&place.at(), kind.name == BTRFS.name);
+    let quirks = Quirks { revives: kind.name == BTRFS.name, forgets: kind.name == XFS.name };
+    let mut load = Load::new(&place.at(), quirks);
     for round in 0..rounds {
         let server = Server::start(&place);
         if round == 0 {
