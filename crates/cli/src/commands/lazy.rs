@@ -184,8 +184,8 @@ pub(crate) fn run(
 ) -> anyhow::Result<i32> {
     let lazy = store(service, &args.lazy_options)?;
     let image = service.open_lazy(&lazy, &args.image)?;
-    let target = tempfile::Builder::new().prefix("root-").tempdir_in(lazy.directory()).context("a mount point")?;
-    let mounted = lazy.mount(image, target.path())?;
+    let target = image.own_target()?;
+    let mounted = lazy.mount(image, &target)?;
     let ran = run_mounted(service, &mounted, overrides, runtime);
     // Whatever the container left running holds the mount; its bundle has gone.
     if let Err((_, error)) = mounted.unmount() {

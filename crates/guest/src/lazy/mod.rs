@@ -4,6 +4,7 @@
 //! DIR/chunks/           stored chunks, ciphertext: believed by nobody, and free to be shared or lost
 //! DIR/mounts/<id>/      metadata   the image's EROFS image, verified and checked
 //!                       device/    FUSE: the data device
+//!                       root/      the image, where it is mounted for a container of our own
 //! ```
 //!
 //! The metadata is plaintext, and what the kernel mounts: `mounts` belongs on the pod's encrypted volume.
@@ -55,6 +56,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const MOUNTS: &str = "mounts";
 const METADATA: &str = "metadata";
 const DEVICE: &str = "device";
+const ROOT: &str = "root";
 /// Reads that are answered at once; most wait for the network.
 const THREADS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
 
@@ -190,9 +192,22 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // Never below a mount: what is mounted there is gone before, or stays.
+        let _ = fs::remove_dir(self.path.join(ROOT));
         let _ = fs::remove_dir(self.device());
         let _ = fs::remove_file(self.metadata());
         let _ = fs::remove_dir(&self.path);
+    }
+}
+
+impl LazyImage {
+    /// A mount point that goes with the image.
+    ///
+    /// # Errors
+    /// [`LazyError::Io`]
+    pub fn own_target(&self) -> Result<PathBuf, LazyError> {
+        let path = self.place.path.join(ROOT);
+        fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
+        Ok(path)
     }
 }
 
@@ -297,7 +312,9 @@ fn clean(mounts: &Path) -> io::Result<()> {
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
-        let _ = rustix::mount::unmount(path.join(DEVICE), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        for mounted in [ROOT, DEVICE] {
+            let _ = rustix::mount::unmount(path.join(mounted), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
         tracing::info!("{}: what a killed process left is removed", path.display());
         drop(Place { path, erofs: file });
     }
