@@ -108,10 +108,23 @@ impl Setup {
     }
 }
 
+/// `mkfs.btrfs` looks at every loop device of the machine, and another test may just have killed the server of one.
+fn make_filesystem(line: &str) {
+    for _ in 0..20 {
+        match try_sh(line) {
+            Err(error) if error.to_string().contains("cannot check mount status") => {
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            other => return drop(other.unwrap()),
+        }
+    }
+    sh(line);
+}
+
 /// Makes a filesystem, writes files, mounts again, compares, and lets `check` judge.
 fn round(setup: &Setup, make: &str, check: &str) {
     let (device, at) = (setup.device(), setup.at());
-    sh(&format!("{make} {device}"));
+    make_filesystem(&format!("{make} {device}"));
     sh(&format!("mount {device} {}", at.display()));
     for file in 0..20_u64 {
         let mut written = fs::File::create(at.join(format!("f{file}"))).unwrap();
