@@ -43,7 +43,7 @@ pub const CONFIG_LIMIT: u32 = 4 << 20;
 /// The most places of a trace.
 pub const TRACE_LIMIT: u32 = 1 << 20;
 /// The most bytes of an EROFS image.
-pub const EROFS_LIMIT: u64 = 8 << 30;
+pub const EROFS_LIMIT: u64 = 4 << 30;
 /// Bytes of a digest: SHA-256.
 pub const DIGEST: usize = 32;
 /// Bytes of an AEAD's tag.
@@ -180,7 +180,7 @@ impl Method {
 }
 
 /// A range of the data device, and the stored chunk that holds its bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct ChunkEntry {
     /// Where the range begins.
@@ -203,6 +203,21 @@ pub struct ChunkEntry {
     pub key: [u8; 32],
 }
 const _: () = assert!(size_of::<ChunkEntry>() == 96);
+
+impl std::fmt::Debug for ChunkEntry {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChunkEntry")
+            .field("offset", &self.offset.get())
+            .field("length", &self.length.get())
+            .field("place", &self.place.get())
+            .field("stored", &self.stored.get())
+            .field("blob", &self.blob.get())
+            .field("method", &self.method)
+            .field("digest", &hex(&self.digest))
+            .finish_non_exhaustive()
+    }
+}
 
 impl ChunkEntry {
     /// The byte after the range.
@@ -319,7 +334,7 @@ impl Summary {
             return field("device_bytes", device, "whole blocks of 4 KiB, at most 16 TiB");
         }
         if erofs == 0 || erofs > EROFS_LIMIT || !erofs.is_multiple_of(BLOCK) {
-            return field("erofs_bytes", erofs, "whole blocks of 4 KiB, at most 8 GiB");
+            return field("erofs_bytes", erofs, "whole blocks of 4 KiB, at most 4 GiB");
         }
         if self.blobs.get() > BLOBS_LIMIT {
             return field("blobs", self.blobs.get().into(), "at most 1024");

@@ -27,6 +27,8 @@ const KEPT: usize = 8 << 20;
 /// A reader that goes on where it left off has this much fetched ahead of it at first, and twice as much each time, up to the most.
 const AHEAD: u64 = 128 << 10;
 const MOST_AHEAD: u64 = 4 << 20;
+/// The most chunks of one read: 64 for each that a builder of ours makes of 1 MiB, so that a table of tiny ones fills no memory.
+const MOST_PARTS: usize = 16 << 10;
 
 /// Why bytes of an image cannot be read.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -55,10 +57,18 @@ pub enum ReadError {
     Memory(String),
 }
 
+/// A decoded chunk, and what it was decoded by: another image, or another entry, may name the same stored bytes, and get this only if it
+/// would have decoded to it, with its own key.
+struct Decoded {
+    entry: ChunkEntry,
+    bytes: Arc<Vec<u8>>,
+    used: u64,
+}
+
 /// Decoded chunks, the least recently used go first.
 #[derive(Default)]
 struct Kept {
-    chunks: HashMap<[u8; DIGEST], (Arc<Vec<u8>>, u64)>,
+    chunks: HashMap<[u8; DIGEST], Decoded>,
     bytes: usize,
     clock: u64,
 }
@@ -76,30 +86,33 @@ impl Shared {
         Arc::new(Self { fetcher, kept: Mutex::default() })
     }
 
-    fn kept(&self, digest: &[u8; DIGEST]) -> Option<Arc<Vec<u8>>> {
+    fn kept(&self, entry: &ChunkEntry) -> Option<Arc<Vec<u8>>> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.clock += 1;
         let clock = kept.clock;
-        kept.chunks.get_mut(digest).map(|(bytes, used)| {
-            *used = clock;
-            Arc::clone(bytes)
-        })
+        let found = kept.chunks.get_mut(&entry.digest)?;
+        let same = |one: &ChunkEntry| (one.key, one.method, one.length, one.stored);
+        if same(&found.entry) != same(entry) {
+            return None;
+        }
+        found.used = clock;
+        Some(Arc::clone(&found.bytes))
     }
 
-    fn keep(&self, digest: [u8; DIGEST], bytes: Arc<Vec<u8>>) {
+    fn keep(&self, entry: &ChunkEntry, bytes: Arc<Vec<u8>>) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.clock += 1;
         let clock = kept.clock;
         kept.bytes += bytes.len();
-        if let Some((old, _)) = kept.chunks.insert(digest, (bytes, clock)) {
-            kept.bytes -= old.len();
+        if let Some(old) = kept.chunks.insert(entry.digest, Decoded { entry: *entry, bytes, used: clock }) {
+            kept.bytes -= old.bytes.len();
         }
         if kept.bytes > KEPT {
-            let mut used: Vec<u64> = kept.chunks.values().map(|(_, used)| *used).collect();
+            let mut used: Vec<u64> = kept.chunks.values().map(|chunk| chunk.used).collect();
             used.sort_unstable();
             let oldest = used.get(used.len() / 4).copied().unwrap_or(u64::MAX);
-            kept.chunks.retain(|_, (_, used)| *used > oldest);
-            kept.bytes = kept.chunks.values().map(|(bytes, _)| bytes.len()).sum();
+            kept.chunks.retain(|_, chunk| chunk.used > oldest);
+            kept.bytes = kept.chunks.values().map(|chunk| chunk.bytes.len()).sum();
         }
     }
 }
@@ -219,8 +232,8 @@ impl Reader {
         for part in parts {
             if part.entry.method == Method::Zeroes.code() {
                 slice(out, &part).fill(0);
-            } else if let Some(kept) = self.shared.kept(&part.entry.digest) {
-                copy(&kept, out, &part);
+            } else if let Some(kept) = self.shared.kept(&part.entry) {
+                copy(&kept, out, &part)?;
             } else {
                 missing.push(part);
             }
@@ -275,8 +288,8 @@ impl Reader {
         }
         let mut plain = vec![0; usize::try_from(part.entry.length.get()).unwrap_or(0)];
         open(cipher, &part.entry, stored, &mut plain)?;
-        copy(&plain, out, part);
-        self.shared.keep(part.entry.digest, Arc::new(plain));
+        copy(&plain, out, part)?;
+        self.shared.keep(&part.entry, Arc::new(plain));
         Ok(())
     }
 
@@ -303,6 +316,10 @@ impl Reader {
                 if at >= end {
                     break;
                 }
+                if parts.len() == MOST_PARTS {
+                    let allowed = "such that a read has at most 16384 chunks";
+                    return Err(FormatError::field("chunk entry", "length", entry.length.get(), allowed).into());
+                }
                 let stop = entry.end().min(end);
                 let place = |byte: u64| usize::try_from(byte - offset).unwrap_or(usize::MAX);
                 let from = usize::try_from(at - entry.offset.get()).unwrap_or(usize::MAX);
@@ -313,6 +330,9 @@ impl Reader {
                 // A verified leaf covers what the index says of it.
                 return Err(ReadError::Range { offset: at, end, size: self.size() });
             }
+        }
+        if at < end {
+            return Err(ReadError::Range { offset: at, end, size: self.size() });
         }
         Ok(parts)
     }
@@ -378,9 +398,49 @@ fn slice<'a>(out: &'a mut [u8], part: &Part) -> &'a mut [u8] {
     out.get_mut(part.to.clone()).unwrap_or_default()
 }
 
-fn copy(plain: &[u8], out: &mut [u8], part: &Part) {
+/// Never leaves in the answer what was there before.
+fn copy(plain: &[u8], out: &mut [u8], part: &Part) -> Result<(), ReadError> {
     let to = slice(out, part);
-    if let Some(from) = plain.get(part.from..part.from + to.len()) {
-        to.copy_from_slice(from);
+    let (found, expected) = (plain.len() as u64, (part.from + part.to.len()) as u64);
+    let from = plain.get(part.from..part.from + to.len()).filter(|from| from.len() == part.to.len());
+    to.copy_from_slice(from.ok_or(FormatError::Length { part: "chunk", found, expected })?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+
+    #[test]
+    fn what_one_image_decoded_is_not_given_to_another_without_its_key() {
+        let shared = Shared::new(Fetcher::new(None, Duration::ZERO));
+        let mut entry = ChunkEntry::new_zeroed();
+        entry.length = 100.into();
+        entry.stored = 116.into();
+        (entry.digest, entry.key) = ([1; 32], [0xAB; 32]);
+        shared.keep(&entry, Arc::new(vec![7; 100]));
+        assert!(shared.kept(&ChunkEntry { offset: 5.into(), place: 9.into(), ..entry }).is_some());
+        for other in [
+            ChunkEntry { key: [2; 32], ..entry },
+            ChunkEntry { length: 50.into(), ..entry },
+            ChunkEntry { method: 1, ..entry },
+            ChunkEntry { stored: 115.into(), ..entry },
+        ] {
+            assert!(shared.kept(&other).is_none(), "{other:?}");
+        }
+        assert!(!format!("{entry:?}").contains("171"), "the key is not printed");
+    }
+
+    #[test]
+    fn an_answer_never_keeps_what_was_in_it() {
+        let part = |to, from| Part { entry: ChunkEntry::new_zeroed(), to, from };
+        let mut out = [0xEE; 20];
+        copy(&[1; 10], &mut out, &part(5..10, 5)).unwrap();
+        copy(&[1; 10], &mut out, &part(5..15, 5)).unwrap_err();
+        assert_eq!(out[..5], [0xEE; 5]);
     }
 }

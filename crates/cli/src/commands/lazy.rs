@@ -156,21 +156,28 @@ fn store(service: &ImageService, args: &LazyArgs) -> anyhow::Result<LazyStore> {
 /// Whether `umount` is about a lazy image: then it is done. The process that serves it sees that and ends.
 pub(crate) fn unmount(target: &Path) -> anyhow::Result<bool> {
     let Ok(target) = std::fs::canonicalize(target) else { return Ok(false) };
-    let kind = mount_kind(&target)?;
-    if !matches!(kind.as_deref(), Some("erofs" | "fuse.nacre")) {
+    // Ours have their metadata among some store's mounts, or the name that we give to FUSE.
+    let ours = match mounted(&target)? {
+        Some((kind, source)) if kind == "erofs" => source.contains("/lazy/mounts/"),
+        Some((kind, source)) => kind == "fuse.nacre" && source == "nacre-lazy",
+        None => false,
+    };
+    if !ours {
         return Ok(false);
     }
     nacre_sys::fs::unmount(&target)?;
     Ok(true)
 }
 
-/// The type of the filesystem that is mounted on a directory, by /proc/self/mountinfo (proc(5)).
-fn mount_kind(target: &Path) -> anyhow::Result<Option<String>> {
+/// The type and the source of what is mounted on a directory, by /proc/self/mountinfo (proc(5)).
+fn mounted(target: &Path) -> anyhow::Result<Option<(String, String)>> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
     let at = |line: &str| {
         let (front, back) = line.split_once(" - ")?;
         let path = front.split(' ').nth(4)?.replace("\\040", " ");
-        (Path::new(&path) == target).then(|| back.split(' ').next().map(str::to_owned)).flatten()
+        let (kind, rest) = back.split_once(' ')?;
+        let source = rest.split(' ').next()?;
+        (Path::new(&path) == target).then(|| (kind.to_owned(), source.to_owned()))
     };
     Ok(text.lines().filter_map(at).next_back())
 }
