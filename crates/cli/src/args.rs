@@ -123,6 +123,9 @@ pub(crate) struct RegistryArgs {
     /// Further CA certificates, PEM; may be repeated
     #[arg(long, value_name = "FILE")]
     pub(crate) ca: Vec<PathBuf>,
+    /// Ask this cache of the node for blobs first, as Dragonfly or Spegel is one: http[s]://host[:port]
+    #[arg(long, value_name = "URL")]
+    pub(crate) node_cache: Option<String>,
     /// Directories of certificates by registry, as certs.d of docker and podman
     #[arg(long, value_name = "DIR")]
     pub(crate) cert_dir: Option<PathBuf>,

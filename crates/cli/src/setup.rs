@@ -161,6 +161,9 @@ impl Setup {
         if let Some(dir) = &args.cert_dir {
             registry.certs_dirs = vec![dir.clone()];
         }
+        if args.node_cache.is_some() {
+            registry.node_cache.clone_from(&args.node_cache);
+        }
         if let Some(path) = &args.authfile {
             self.config.registries.credentials = Some(path.display().to_string());
         }

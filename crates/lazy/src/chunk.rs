@@ -77,6 +77,23 @@ impl<'a> Sealer<'a> {
     }
 }
 
+/// Stored bytes that are those which an entry names: there are no others of this type, so that nothing else is opened.
+pub struct Verified<'a> {
+    entry: &'a ChunkEntry,
+    bytes: &'a mut [u8],
+}
+
+impl<'a> Verified<'a> {
+    /// Compares length and digest.
+    ///
+    /// # Errors
+    /// [`FormatError::Length`], [`FormatError::Digest`]
+    pub fn new(entry: &'a ChunkEntry, bytes: &'a mut [u8]) -> Result<Self, FormatError> {
+        verify(entry, bytes)?;
+        Ok(Self { entry, bytes })
+    }
+}
+
 /// Opens stored chunks; one a thread.
 pub struct Opener {
     cipher: Cipher,
@@ -92,17 +109,17 @@ impl Opener {
         Ok(Self { cipher, decompressor: zstd::bulk::Decompressor::new()? })
     }
 
-    /// Verifies `stored`, which is decrypted in place, and writes the chunk's bytes to `plain`, which has its length.
+    /// Decrypts `stored` in place, and writes the chunk's bytes to `plain`, which has its length.
     ///
     /// # Errors
     /// [`FormatError`]: `plain` then has nothing to be used.
     ///
     /// # Panics
     /// `plain` does not have the entry's length.
-    pub fn open(&mut self, entry: &ChunkEntry, stored: &mut [u8], plain: &mut [u8]) -> Result<(), FormatError> {
+    pub fn open(&mut self, stored: Verified<'_>, plain: &mut [u8]) -> Result<(), FormatError> {
+        let Verified { entry, bytes: stored } = stored;
         assert_eq!(plain.len() as u64, entry.length.get(), "the caller gives room for the chunk");
         let place = entry.place.get();
-        verify(entry, stored)?;
         let payload: &[u8] = match self.cipher {
             Cipher::None => stored,
             Cipher::Aes256Gcm => AeadKey::from_bytes(&entry.key)
@@ -199,6 +216,10 @@ mod tests {
         }
     }
 
+    fn open(opener: &mut Opener, entry: &ChunkEntry, stored: &mut [u8], out: &mut [u8]) -> Result<(), FormatError> {
+        opener.open(Verified::new(entry, stored)?, out)
+    }
+
     fn noise(length: usize) -> Vec<u8> {
         let mut state = 1u64;
         let mut next = || {
@@ -220,25 +241,25 @@ mod tests {
                 let entry = entry(&sealed, plain.len());
                 entry.check(cipher, 1).unwrap();
                 let mut out = vec![0; plain.len()];
-                opener.open(&entry, &mut sealed.bytes.clone(), &mut out).unwrap();
+                open(&mut opener, &entry, &mut sealed.bytes.clone(), &mut out).unwrap();
                 assert_eq!(out, plain);
                 for at in [0, sealed.bytes.len() / 2, sealed.bytes.len() - 1] {
                     let mut bad = sealed.bytes.clone();
                     bad[at] ^= 1;
-                    let error = opener.open(&entry, &mut bad, &mut out).unwrap_err();
+                    let error = open(&mut opener, &entry, &mut bad, &mut out).unwrap_err();
                     assert!(matches!(error, FormatError::Digest { index: 77, .. }), "{error}");
                 }
                 let mut short = sealed.bytes.clone();
                 short.pop();
-                assert!(matches!(opener.open(&entry, &mut short, &mut out), Err(FormatError::Length { .. })));
+                assert!(matches!(open(&mut opener, &entry, &mut short, &mut out), Err(FormatError::Length { .. })));
                 if cipher != Cipher::None {
                     let other = ChunkEntry { key: [9; 32], ..entry };
-                    let error = opener.open(&other, &mut sealed.bytes.clone(), &mut out).unwrap_err();
+                    let error = open(&mut opener, &other, &mut sealed.bytes.clone(), &mut out).unwrap_err();
                     assert_eq!(error, FormatError::Sealed { part: "chunk", index: 77 });
                 }
                 let mut longer = vec![0; plain.len() + 1];
                 let lying = ChunkEntry { length: (longer.len() as u64).into(), ..entry };
-                assert!(opener.open(&lying, &mut sealed.bytes.clone(), &mut longer).is_err());
+                assert!(open(&mut opener, &lying, &mut sealed.bytes.clone(), &mut longer).is_err());
             }
         }
     }

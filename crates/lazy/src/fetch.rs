@@ -4,29 +4,42 @@
 //! What comes from a source is verified before it is put into the cache or given to anybody.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
+    convert::Infallible,
     ops::Range,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
 use crate::{
     cache::Cache,
-    chunk::verify,
+    chunk::{Verified, verify},
     format::{ChunkEntry, DIGEST},
+    pace::{Pace, Urgency},
     source::{BlobId, Blobs, SourceError},
 };
 
 /// The most bytes of a request.
 pub const REQUEST: u64 = 4 << 20;
+/// The most bytes of a read of the cache, if it is more than one chunk: a thread keeps memory for so many.
+const CACHE_READ: u64 = 1 << 20;
+/// Requests of one read, or of one look ahead, that run at once.
+const LANES: usize = 4;
 /// The most bytes between two chunks of a request that are fetched for nothing: about what a request costs at 100 Mbit/s and 20 ms.
 const GAP: u64 = 32 << 10;
 /// The first wait before something is tried again; each next one is twice as long, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// What the cache is read into.
+    static MEMORY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Why a chunk cannot be had.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -96,6 +109,7 @@ struct Flight {
 pub struct Fetcher {
     cache: Option<Cache>,
     patience: Duration,
+    pace: Pace,
     flights: Mutex<HashMap<[u8; DIGEST], Arc<Flight>>>,
     /// What happened.
     pub counters: Counters,
@@ -104,7 +118,13 @@ pub struct Fetcher {
 impl Fetcher {
     /// A fetcher with a cache, or without; a read waits `patience` for sources that fail.
     pub fn new(cache: Option<Cache>, patience: Duration) -> Self {
-        Self { cache, patience, flights: Mutex::default(), counters: Counters::default() }
+        Self { cache, patience, pace: Pace::default(), flights: Mutex::default(), counters: Counters::default() }
+    }
+
+    /// The same, which fetches at this pace.
+    #[must_use]
+    pub fn with_pace(self, pace: Pace) -> Self {
+        Self { pace, ..self }
     }
 
     /// Reads a part of a blob that the caller verifies, again and again while that may help and there is time.
@@ -119,6 +139,7 @@ impl Fetcher {
         out: &mut [u8],
         mut attempt: u32,
     ) -> Result<(), SourceError> {
+        let _turn = self.pace.turn(out.len() as u64, Urgency::Waited);
         let (deadline, mut wait) = (Instant::now() + self.patience, FIRST_WAIT);
         loop {
             match source.read(blob, offset, out, attempt) {
@@ -128,7 +149,7 @@ impl Fetcher {
                 }
                 other => return other,
             }
-            std::thread::sleep(wait);
+            thread::sleep(wait);
             (attempt, wait) = (attempt + 1, (wait * 2).min(LONGEST_WAIT));
         }
     }
@@ -138,49 +159,76 @@ impl Fetcher {
         self.cache.as_ref()
     }
 
-    /// The stored bytes of chunks that the cache has, verified; `None` for those that it has not.
-    pub fn cached(&self, wanted: &[Wanted]) -> Vec<Option<Vec<u8>>> {
-        let Some(cache) = &self.cache else { return wanted.iter().map(|_| None).collect() };
-        let mut found = Vec::with_capacity(wanted.len());
-        for group in groups(wanted, 0) {
-            let Some(chunks) = wanted.get(group) else { continue };
-            self.cached_group(cache, chunks, &mut found);
-        }
-        found
+    /// Which chunks the cache has, right.
+    pub fn has(&self, wanted: &[Wanted]) -> Vec<bool> {
+        let mut has = vec![false; wanted.len()];
+        let _: Result<(), Infallible> = self.cached(wanted, |at, _| {
+            if let Some(has) = has.get_mut(at) {
+                *has = true;
+            }
+            Ok(())
+        });
+        has
+    }
+
+    /// Gives `take` the stored bytes of each chunk that the cache has, with its place in `wanted`.
+    ///
+    /// # Errors
+    /// What `take` says.
+    pub fn cached<E>(
+        &self,
+        wanted: &[Wanted],
+        mut take: impl FnMut(usize, Verified<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(cache) = &self.cache else { return Ok(()) };
+        let mut memory = MEMORY.take();
+        let mut groups = groups(wanted, 0, CACHE_READ);
+        let taken = groups.try_for_each(|group| self.cached_group(cache, wanted, group, &mut memory, &mut take));
+        MEMORY.set(memory);
+        taken
     }
 
     /// Chunks that follow each other in a blob: one read of the cache.
-    fn cached_group(&self, cache: &Cache, chunks: &[Wanted], found: &mut Vec<Option<Vec<u8>>>) {
-        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return };
+    fn cached_group<E>(
+        &self,
+        cache: &Cache,
+        wanted: &[Wanted],
+        group: Range<usize>,
+        memory: &mut Vec<u8>,
+        take: &mut impl FnMut(usize, Verified<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let chunks = wanted.get(group.clone()).unwrap_or_default();
+        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(()) };
         let start = first.range().start;
-        let mut bytes = vec![0; usize::try_from(last.range().end - start).unwrap_or(0)];
-        let whole = cache.read(&first.blob, start, &mut bytes);
-        if chunks.len() == 1 {
-            found.push((whole && self.is_right(first, &bytes)).then_some(bytes));
-            return;
+        let length = usize::try_from(last.range().end - start).unwrap_or(0);
+        if memory.len() < length {
+            memory.resize(length, 0);
         }
-        for chunk in chunks {
-            let range = within(&chunk.range(), start);
+        let bytes = memory.get_mut(..length).unwrap_or_default();
+        let whole = cache.read(&first.blob, start, bytes);
+        if !whole && chunks.len() == 1 {
+            return Ok(());
+        }
+        for (at, chunk) in group.zip(chunks) {
+            let Some(piece) = bytes.get_mut(within(&chunk.range(), start)) else { continue };
             // The end of a group may lie behind what the cache has of a file, and its beginning not.
-            let right = match (whole, bytes.get_mut(range.clone())) {
-                (_, None) => false,
-                (true, Some(piece)) => self.is_right(chunk, piece),
-                (false, Some(piece)) => {
-                    cache.read(&chunk.blob, chunk.range().start, piece) && self.is_right(chunk, piece)
-                }
-            };
-            found.push(right.then(|| bytes.get(range).unwrap_or_default().to_vec()));
+            if (whole || cache.read(&chunk.blob, chunk.range().start, piece))
+                && let Some(right) = self.right(chunk, piece)
+            {
+                take(at, right)?;
+            }
         }
+        Ok(())
     }
 
-    fn is_right(&self, chunk: &Wanted, bytes: &[u8]) -> bool {
+    fn right<'a>(&self, chunk: &'a Wanted, bytes: &'a mut [u8]) -> Option<Verified<'a>> {
         let ends = bytes.first_chunk::<16>().zip(bytes.last_chunk::<16>());
         if ends.is_some_and(|(first, last)| *first == [0; 16] && *last == [0; 16]) {
             // A hole, most likely: not worth a digest, and a chunk of such bytes is fetched each time.
-            return false;
+            return None;
         }
-        let right = verify(&chunk.entry, bytes).is_ok();
-        let counter = if right { &self.counters.cache_hits } else { &self.counters.cache_healed };
+        let right = Verified::new(&chunk.entry, bytes).ok();
+        let counter = if right.is_some() { &self.counters.cache_hits } else { &self.counters.cache_healed };
         counter.fetch_add(1, Ordering::Relaxed);
         right
     }
@@ -189,7 +237,12 @@ impl Fetcher {
     ///
     /// # Errors
     /// [`FetchError`], when the time is over
-    pub fn fetch(&self, source: &dyn Blobs, wanted: &[Wanted]) -> Result<Vec<Arc<Vec<u8>>>, FetchError> {
+    pub fn fetch(
+        &self,
+        source: &dyn Blobs,
+        wanted: &[Wanted],
+        urgency: Urgency,
+    ) -> Result<Vec<Arc<Vec<u8>>>, FetchError> {
         let (mut mine, mut others) = (Vec::new(), HashMap::new());
         {
             let mut flights = lock(&self.flights);
@@ -216,7 +269,7 @@ impl Fetcher {
             flights: &others,
             mine: mine.iter().map(|chunk| (chunk.entry.digest, *chunk)).collect(),
         };
-        self.fly(source, mine);
+        self.fly(source, mine, urgency);
         wanted
             .iter()
             .map(|chunk| {
@@ -228,27 +281,42 @@ impl Fetcher {
     }
 
     /// Fetches chunks that nobody else does, and tells everybody of each.
-    fn fly(&self, source: &dyn Blobs, mut mine: Vec<Wanted>) {
+    fn fly(&self, source: &dyn Blobs, mut mine: Vec<Wanted>, urgency: Urgency) {
         mine.sort_by_key(|chunk| (chunk.blob.digest, chunk.range().start));
-        let deadline = Instant::now() + self.patience;
-        for group in groups(&mine, GAP) {
-            let Some(mut chunks) = mine.get(group).map(<[Wanted]>::to_vec) else { continue };
-            let (mut attempt, mut wait) = (0, FIRST_WAIT);
-            while !chunks.is_empty() {
-                let failure = self.request(source, &mut chunks, attempt);
-                attempt += 1;
-                let Some((failure, again)) = failure else { continue };
-                let now = Instant::now();
-                if !again || now + wait > deadline {
-                    for chunk in chunks.drain(..) {
-                        self.land(&chunk, Err(failure(attempt)));
-                    }
-                    break;
-                }
-                self.counters.retries.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(wait);
-                wait = (wait * 2).min(LONGEST_WAIT);
+        let groups: Vec<Range<usize>> = groups(&mine, GAP, self.pace.request(REQUEST)).collect();
+        let (next, mine) = (AtomicUsize::new(0), mine.as_slice());
+        let lane = || {
+            while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.bring(source, mine.get(group.clone()).unwrap_or_default().to_vec(), urgency);
             }
+        };
+        thread::scope(|scope| {
+            for _ in 1..groups.len().min(LANES) {
+                // Where there are no threads to be had, this one does it all.
+                let _ = thread::Builder::new().name("lazy-fetch".into()).spawn_scoped(scope, lane);
+            }
+            lane();
+        });
+    }
+
+    /// Fetches chunks that come together, whatever it takes.
+    fn bring(&self, source: &dyn Blobs, mut chunks: Vec<Wanted>, urgency: Urgency) {
+        let deadline = Instant::now() + self.patience;
+        let (mut attempt, mut wait) = (0, FIRST_WAIT);
+        while !chunks.is_empty() {
+            let failure = self.request(source, &mut chunks, attempt, urgency);
+            attempt += 1;
+            let Some((failure, again)) = failure else { continue };
+            let now = Instant::now();
+            if !again || now + wait > deadline {
+                for chunk in chunks.drain(..) {
+                    self.land(&chunk, Err(failure(attempt)));
+                }
+                break;
+            }
+            self.counters.retries.fetch_add(1, Ordering::Relaxed);
+            thread::sleep(wait);
+            wait = (wait * 2).min(LONGEST_WAIT);
         }
     }
 
@@ -259,10 +327,12 @@ impl Fetcher {
         source: &dyn Blobs,
         chunks: &mut Vec<Wanted>,
         attempt: u32,
+        urgency: Urgency,
     ) -> Option<(Box<dyn Fn(u32) -> FetchError>, bool)> {
         let (first, last) = (chunks.first()?, chunks.last()?);
         let (blob, start) = (first.blob, first.range().start);
         let mut bytes = vec![0; usize::try_from(last.range().end - start).ok()?];
+        let _turn = self.pace.turn(bytes.len() as u64, urgency);
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         if let Err(last) = source.read(&blob, start, &mut bytes, attempt) {
             let again = last.temporary;
@@ -332,8 +402,9 @@ impl Flight {
     }
 }
 
-/// Where chunks are near enough to each other to come together: same blob, ascending, at most `gap` bytes between them.
-fn groups(wanted: &[Wanted], gap: u64) -> impl Iterator<Item = Range<usize>> + use<'_> {
+/// Where chunks are near enough to each other to come together: same blob, ascending, at most `gap` bytes between them, `most` in all,
+/// if there is more than one.
+fn groups(wanted: &[Wanted], gap: u64, most: u64) -> impl Iterator<Item = Range<usize>> + use<'_> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let first = wanted.get(at)?;
@@ -342,7 +413,7 @@ fn groups(wanted: &[Wanted], gap: u64) -> impl Iterator<Item = Range<usize>> + u
         while let Some(next) = wanted.get(at) {
             let range = next.range();
             let near = next.blob == first.blob && range.start >= end && range.start - end <= gap;
-            if !near || range.end - begin > REQUEST {
+            if !near || range.end - begin > most {
                 break;
             }
             end = range.end;

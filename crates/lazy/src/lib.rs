@@ -16,6 +16,7 @@ pub mod format;
 pub mod frames;
 pub mod image;
 pub mod keys;
+pub mod pace;
 pub mod reader;
 pub mod source;
 pub mod table;

@@ -15,10 +15,11 @@ use std::{
 };
 
 use crate::{
-    chunk::Opener,
+    chunk::{Opener, Verified},
     fetch::{FetchError, Fetcher, Wanted},
     format::{ChunkEntry, Cipher, DIGEST, FormatError, Method, Summary},
     image::{Table, TableError},
+    pace::Urgency,
     source::{BlobId, Blobs},
 };
 
@@ -122,7 +123,7 @@ thread_local! {
 }
 
 /// Opens a chunk with this thread's decompressor.
-fn open(cipher: Cipher, entry: &ChunkEntry, stored: &mut [u8], plain: &mut [u8]) -> Result<(), ReadError> {
+fn open(cipher: Cipher, stored: Verified<'_>, plain: &mut [u8]) -> Result<(), ReadError> {
     OPENERS.with_borrow_mut(|openers| {
         let [clear, sealed] = openers;
         let slot = if cipher == Cipher::None { clear } else { sealed };
@@ -130,7 +131,7 @@ fn open(cipher: Cipher, entry: &ChunkEntry, stored: &mut [u8], plain: &mut [u8])
             Some(opener) => opener,
             None => slot.insert(Opener::new(cipher).map_err(|error: io::Error| ReadError::Memory(error.to_string()))?),
         };
-        Ok(opener.open(entry, stored, plain)?)
+        Ok(opener.open(stored, plain)?)
     })
 }
 
@@ -242,28 +243,31 @@ impl Reader {
         if missing.is_empty() {
             return Ok(());
         }
-        let wanted: Vec<Wanted> = missing.iter().filter_map(|part| self.wanted(&part.entry)).collect();
-        let mut away = Vec::new();
-        for (part, stored) in missing.into_iter().zip(self.shared.fetcher.cached(&wanted)) {
-            match stored {
-                Some(mut stored) => self.decode(&part, &mut stored, out)?,
-                None => away.push(part),
+        let wanted: Vec<Wanted> = missing.iter().map(|part| self.wanted(&part.entry)).collect::<Result<_, _>>()?;
+        let mut here = vec![false; wanted.len()];
+        self.shared.fetcher.cached(&wanted, |at, stored| {
+            if let (Some(here), Some(part)) = (here.get_mut(at), missing.get(at)) {
+                *here = true;
+                return self.decode(part, stored, out);
             }
-        }
+            Ok(())
+        })?;
+        let away: Vec<(&Part, Wanted)> =
+            missing.iter().zip(wanted).zip(here).filter_map(|(away, here)| (!here).then_some(away)).collect();
         if away.is_empty() {
             return Ok(());
         }
-        let mut wanted: Vec<Wanted> = away.iter().filter_map(|part| self.wanted(&part.entry)).collect();
+        let mut wanted: Vec<Wanted> = away.iter().map(|(_, wanted)| *wanted).collect();
         let ahead = match self.ahead.load(Ordering::Relaxed) {
             _ if !sequential => 0,
             before => (before * 2).clamp(AHEAD, MOST_AHEAD),
         };
         self.ahead.store(ahead, Ordering::Relaxed);
         self.look_ahead(offset + out.len() as u64, ahead, &mut wanted);
-        let fetched = self.shared.fetcher.fetch(self.source.as_ref(), &wanted)?;
-        for (part, stored) in away.iter().zip(fetched) {
+        let fetched = self.shared.fetcher.fetch(self.source.as_ref(), &wanted, Urgency::Waited)?;
+        for ((part, _), stored) in away.into_iter().zip(fetched) {
             let mut stored = Arc::try_unwrap(stored).unwrap_or_else(|shared| shared.to_vec());
-            self.decode(part, &mut stored, out)?;
+            self.decode(part, Verified::new(&part.entry, &mut stored)?, out)?;
         }
         Ok(())
     }
@@ -276,28 +280,37 @@ impl Reader {
             return;
         }
         let Ok(parts) = self.parts(from, length) else { return };
-        let next: Vec<Wanted> = parts.iter().filter_map(|part| self.wanted(&part.entry)).collect();
-        let cached = self.shared.fetcher.cached(&next);
-        wanted.extend(next.iter().zip(cached).filter(|(_, cached)| cached.is_none()).map(|(wanted, _)| *wanted));
+        let entries: Vec<ChunkEntry> = parts.iter().map(|part| part.entry).collect();
+        wanted.extend(self.away(&entries));
     }
 
-    fn decode(&self, part: &Part, stored: &mut [u8], out: &mut [u8]) -> Result<(), ReadError> {
+    /// Of these, what is not in the cache.
+    fn away(&self, entries: &[ChunkEntry]) -> Vec<Wanted> {
+        let stored = |entry: &&ChunkEntry| entry.method != Method::Zeroes.code();
+        let mut wanted: Vec<Wanted> =
+            entries.iter().filter(stored).filter_map(|entry| self.wanted(entry).ok()).collect();
+        let mut here = self.shared.fetcher.has(&wanted).into_iter();
+        wanted.retain(|_| !here.next().unwrap_or_default());
+        wanted
+    }
+
+    fn decode(&self, part: &Part, stored: Verified<'_>, out: &mut [u8]) -> Result<(), ReadError> {
         let cipher = self.table.cipher();
         if part.is_whole() {
-            return open(cipher, &part.entry, stored, slice(out, part));
+            return open(cipher, stored, slice(out, part));
         }
         let mut plain = vec![0; usize::try_from(part.entry.length.get()).unwrap_or(0)];
-        open(cipher, &part.entry, stored, &mut plain)?;
+        open(cipher, stored, &mut plain)?;
         copy(&plain, out, part)?;
         self.shared.keep(&part.entry, Arc::new(plain));
         Ok(())
     }
 
-    fn wanted(&self, entry: &ChunkEntry) -> Option<Wanted> {
-        if entry.method == Method::Zeroes.code() {
-            return None;
-        }
-        Some(Wanted { blob: *self.blobs.get(usize::from(entry.blob.get()))?, entry: *entry })
+    fn wanted(&self, entry: &ChunkEntry) -> Result<Wanted, FormatError> {
+        let blob = entry.blob.get();
+        let found = self.blobs.get(usize::from(blob));
+        let none = || FormatError::field("chunk entry", "blob", blob.into(), "one of the image's");
+        Ok(Wanted { blob: *found.ok_or_else(none)?, entry: *entry })
     }
 
     /// The chunks that a range is made of.
@@ -376,15 +389,7 @@ impl Reader {
         for leaf in 0..self.table.count() {
             let entries = self.leaf(leaf)?;
             for entries in entries.chunks(32) {
-                let wanted: Vec<Wanted> = entries.iter().filter_map(|entry| self.wanted(entry)).collect();
-                let cached = self.shared.fetcher.cached(&wanted);
-                let missing: Vec<Wanted> = wanted
-                    .iter()
-                    .zip(cached)
-                    .filter(|(_, cached)| cached.is_none())
-                    .map(|(wanted, _)| *wanted)
-                    .collect();
-                self.shared.fetcher.fetch(self.source.as_ref(), &missing)?;
+                self.shared.fetcher.fetch(self.source.as_ref(), &self.away(entries), Urgency::Later)?;
                 if !step(entries.last().map_or(0, ChunkEntry::end)) {
                     return Ok(());
                 }

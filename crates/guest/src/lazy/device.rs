@@ -9,8 +9,12 @@ use nacre_sys::fuse::{Answered, Attributes, Entries, Errno, Inode, Kind, Open, R
 pub(super) const NAME: &str = "data";
 const FILE: Inode = Inode(2);
 
-/// A filesystem of one file: the data device.
-pub(super) struct DeviceFs(pub(super) Arc<Reader>);
+/// A filesystem of one file: an image's data device.
+pub(super) fn filesystem(reader: Arc<Reader>) -> Arc<dyn ReadOnly> {
+    Arc::new(DeviceFs(reader))
+}
+
+struct DeviceFs(Arc<Reader>);
 
 impl ReadOnly for DeviceFs {
     fn lookup(&self, parent: Inode, name: &[u8]) -> Result<Attributes, Errno> {

@@ -295,7 +295,7 @@ impl LazyStore {
             threads: THREADS,
             ..FuseOptions::default()
         };
-        let session = Session::mount(&device, &options, Arc::new(device::DeviceFs(Arc::clone(&image.reader))))?;
+        let session = Session::mount(&device, &options, device::filesystem(Arc::clone(&image.reader)))?;
         let file = device.join(device::NAME);
         let devices: &[&Path] = &[&file];
         mounts::mount(&image.place.metadata(), devices, target, &mounts::Options::default())?;

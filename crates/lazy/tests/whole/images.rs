@@ -10,6 +10,7 @@ use std::{
 use nacre_lazy::{
     build::{BuildError, BuildOptions, Builder, DataBlob},
     keys::Domain,
+    pace::Urgency,
 };
 use nacre_oci::unpack::Limits;
 use nacre_testkit::Entry;
@@ -259,9 +260,10 @@ fn nobody_waits_for_a_thread_that_died() {
     let wanted = [nacre_lazy::fetch::Wanted { blob: pushed.data[0], entry }];
     let fetcher = nacre_lazy::fetch::Fetcher::new(None, std::time::Duration::from_secs(1));
     let died = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| fetcher.fetch(&Panics, &wanted).is_err())).collect();
+        let threads: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| fetcher.fetch(&Panics, &wanted, Urgency::Waited).is_err())).collect();
         threads.into_iter().map(|thread| thread.join().is_err()).collect::<Vec<_>>()
     });
     assert!(died.contains(&true), "one of them had the bug");
-    fetcher.fetch(registry.as_ref(), &wanted).unwrap();
+    fetcher.fetch(registry.as_ref(), &wanted, Urgency::Waited).unwrap();
 }

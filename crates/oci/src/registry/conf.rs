@@ -33,6 +33,17 @@ pub struct Endpoint {
     pub insecure: bool,
     /// Whether it is a mirror, behind which there is another endpoint.
     pub mirror: bool,
+    /// Of a node's cache, which is asked for blobs only: the origin of the registry that it is to fetch from.
+    pub upstream: Option<String>,
+}
+
+impl Endpoint {
+    /// The origin of a registry as it is named to a node's cache.
+    pub(super) fn origin(&self) -> String {
+        let host = self.reference.host();
+        let host = if host == super::DOCKER_HUB_NAME { "index.docker.io" } else { host };
+        format!("{}://{host}", if self.insecure { "http" } else { "https" })
+    }
 }
 
 /// What to do with a name without a registry that several registries may have.
@@ -318,7 +329,7 @@ impl RegistriesConf {
     /// [`TransportError::Blocked`], and [`TransportError::Config`] for a rewritten name that is none.
     pub fn resolve(&self, reference: &ImageRef) -> Result<Vec<Endpoint>, TransportError> {
         let Some((registry, rest)) = self.find(reference)? else {
-            return Ok(vec![Endpoint { reference: reference.clone(), insecure: false, mirror: false }]);
+            return Ok(vec![Endpoint { reference: reference.clone(), insecure: false, mirror: false, upstream: None }]);
         };
         let rewrite = |location: &Prefix| {
             location.join(&rest).ok_or_else(|| TransportError::Config {
@@ -336,11 +347,11 @@ impl RegistriesConf {
             };
             if applies {
                 let reference = rewrite(&mirror.location)?;
-                endpoints.push(Endpoint { reference, insecure: mirror.insecure, mirror: true });
+                endpoints.push(Endpoint { reference, insecure: mirror.insecure, mirror: true, upstream: None });
             }
         }
         let primary = registry.location.as_ref().map_or_else(|| Ok(reference.clone()), rewrite)?;
-        endpoints.push(Endpoint { reference: primary, insecure: registry.insecure, mirror: false });
+        endpoints.push(Endpoint { reference: primary, insecure: registry.insecure, mirror: false, upstream: None });
         Ok(endpoints)
     }
 
@@ -350,7 +361,7 @@ impl RegistriesConf {
     /// [`TransportError::Blocked`]
     pub fn resolve_push(&self, reference: &ImageRef) -> Result<Endpoint, TransportError> {
         let insecure = self.find(reference)?.is_some_and(|(registry, _)| registry.insecure);
-        Ok(Endpoint { reference: reference.clone(), insecure, mirror: false })
+        Ok(Endpoint { reference: reference.clone(), insecure, mirror: false, upstream: None })
     }
 
     /// The table for a name, and what of the name is behind the prefix.

@@ -51,6 +51,10 @@ pub struct ClientConfig {
     /// Directories of `containers-certs.d(5)`: `<host:port>/{*.crt,*.cert,*.key}`; the first that has the host counts.
     /// Default `~/.config/containers/certs.d`, `/etc/containers/certs.d`, `/etc/docker/certs.d`.
     pub certs_dirs: Vec<PathBuf>,
+    /// A cache of the node, peer-to-peer or not, that blobs are asked of before any registry: `http[s]://host[:port]`. It is told which
+    /// registry has them as Dragonfly's and Spegel's want it: by `X-Dragonfly-Registry`, and by `ns` in the query. It gets the
+    /// credentials that the credential files have for its own host, and no others. Default none.
+    pub node_cache: Option<String>,
     /// The proxies. Default: those of the environment.
     pub proxy: ProxyConfig,
     /// The bytes of one piece of an upload, each of which is held in memory and repeated when it fails; 0 sends a blob in one
@@ -110,6 +114,7 @@ impl Default for ClientConfig {
             extra_roots_pem: Vec::new(),
             system_roots: true,
             certs_dirs,
+            node_cache: None,
             proxy: ProxyConfig::default(),
             upload_chunk: 0,
             user_agent: concat!("nacre/", env!("CARGO_PKG_VERSION")).into(),

@@ -68,16 +68,55 @@ struct Inner {
     http: exchange::Http,
     conf: RegistriesConf,
     insecure: Vec<prefix::Prefix>,
+    node_cache: Option<NodeCache>,
     credentials: CredentialStore,
     progress: Arc<dyn Progress>,
     hosts: Mutex<HashMap<(String, bool), Arc<remote::Host>>>,
+}
+
+/// See [`ClientConfig::node_cache`].
+struct NodeCache {
+    host: String,
+    insecure: bool,
+}
+
+impl NodeCache {
+    fn parse(text: &str) -> Result<Self, TransportError> {
+        let wrong = |why: &str| TransportError::Config {
+            path: "node_cache".into(),
+            reason: format!("'{text}' {why}: http://host[:port] or https://host[:port] is expected"),
+        };
+        let (insecure, host) = match text.split_once("://") {
+            Some(("http", host)) => (true, host),
+            Some(("https", host)) => (false, host),
+            _ => return Err(wrong("has no scheme of these")),
+        };
+        let host = host.strip_suffix('/').unwrap_or(host);
+        // As a registry's host is written in the name of an image.
+        format!("{host}/a")
+            .parse::<ImageRef>()
+            .ok()
+            .filter(|name| name.host() == host)
+            .ok_or_else(|| wrong("names no host"))?;
+        Ok(Self { host: host.to_owned(), insecure })
+    }
+
+    /// Where blobs of an image are asked for first.
+    fn endpoint(&self, registry: &Endpoint) -> Result<Endpoint, TransportError> {
+        let name = format!("{}/{}", self.host, registry.reference.path());
+        let there = registry
+            .reference
+            .with_repository(&name)
+            .map_err(|why| TransportError::Config { path: "node_cache".into(), reason: format!("{name}: {why}") })?;
+        Ok(Endpoint { reference: there, insecure: self.insecure, mirror: true, upstream: Some(registry.origin()) })
+    }
 }
 
 impl Client {
     /// Makes a client. Nothing is read from the network; roots of TLS are read when they are first needed.
     ///
     /// # Errors
-    /// [`TransportError::Config`]: a proxy or an insecure registry of the configuration is none.
+    /// [`TransportError::Config`]: a proxy, a node's cache or an insecure registry of the configuration is none.
     pub fn new(
         config: ClientConfig,
         conf: RegistriesConf,
@@ -91,8 +130,11 @@ impl Client {
             })
         });
         let insecure = insecure.collect::<Result<_, _>>()?;
+        let node_cache = config.node_cache.as_deref().map(NodeCache::parse).transpose()?;
         let http = exchange::Http::new(config)?;
-        Ok(Self { inner: Arc::new(Inner { http, conf, insecure, credentials, progress, hosts: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner { http, conf, insecure, node_cache, credentials, progress, hosts: Mutex::default() }),
+        })
     }
 
     /// What `registries.conf` says.
@@ -108,6 +150,16 @@ impl Client {
         let mut endpoints = self.inner.conf.resolve(reference)?;
         for endpoint in &mut endpoints {
             endpoint.insecure |= self.is_insecure(&endpoint.reference);
+        }
+        Ok(endpoints)
+    }
+
+    /// The same, with the node's cache, for blobs alone, before them.
+    fn resolve_with_cache(&self, reference: &ImageRef) -> Result<Vec<Endpoint>, TransportError> {
+        let mut endpoints = self.resolve(reference)?;
+        // The last is the registry itself, which the cache is to ask.
+        if let (Some(cache), Some(registry)) = (&self.inner.node_cache, endpoints.last()) {
+            endpoints.insert(0, cache.endpoint(registry)?);
         }
         Ok(endpoints)
     }

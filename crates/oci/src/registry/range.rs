@@ -1,5 +1,5 @@
-//! A part of a blob, by `Range`, from one endpoint: what is read lazily. It tries once; who asks decides how long to go on, and an
-//! attempt after one that failed goes to the next endpoint.
+//! A part of a blob, by `Range`: what is read lazily. Each endpoint is tried once; who asks decides how long to go on. An attempt after
+//! one that gave wrong bytes begins at the next endpoint.
 
 use std::io::Read as _;
 
@@ -22,15 +22,23 @@ pub(super) fn read(
     out: &mut [u8],
     attempt: u32,
 ) -> Result<(), TransportError> {
-    let order = endpoints.order();
-    let index = order.get(attempt as usize % order.len().max(1)).copied().unwrap_or_default();
-    let remote = endpoints.remote(index);
-    request(remote, descriptor, offset, out).map_err(|failure| {
+    let mut order = endpoints.order();
+    let first = attempt as usize % order.len().max(1);
+    order.rotate_left(first);
+    let what = format!("blob {}", descriptor.digest);
+    let mut errors = Vec::new();
+    for index in order {
+        let remote = endpoints.remote(index);
+        let Err(failure) = request(remote, descriptor, offset, out) else { return Ok(()) };
         if failure.is_transient() {
             endpoints.mark_broken(index);
         }
-        failure.into_error(&format!("blob {}", descriptor.digest), &remote.place(), attempt + 1)
-    })
+        tracing::debug!("{}: {what}: {}", remote.place(), failure.reason());
+        errors.push((remote.endpoint.mirror, failure.into_error(&what, &remote.place(), attempt + 1)));
+    }
+    // The registry's word is the last one; a mirror need not have the blob.
+    let primary = errors.iter().position(|(mirror, _)| !mirror).unwrap_or_default();
+    Err(errors.swap_remove(primary).1)
 }
 
 fn request(remote: &Remote, descriptor: &Descriptor, offset: u64, out: &mut [u8]) -> Result<(), Failure> {

@@ -25,6 +25,8 @@ const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vn
                       application/vnd.docker.distribution.manifest.v2+json, \
                       application/vnd.docker.distribution.manifest.list.v2+json";
 
+/// Tells a node's cache of Dragonfly's kind which registry it is to ask.
+const UPSTREAM: &str = "x-dragonfly-registry";
 /// The most bytes of a refusal that are read to keep its connection.
 const REFUSAL_LIMIT: u64 = 16 << 10;
 
@@ -113,7 +115,10 @@ impl Remote {
 
     /// The URL of `rest` within the repository's part of the API, such as `manifests/latest`.
     pub(crate) fn url(&self, rest: &str) -> Result<Url, Failure> {
-        self.at(&format!("/v2/{}/{rest}", self.repository()))
+        // Mirrors of containerd's kind learn from `ns` whose image it is.
+        let ns = self.endpoint.upstream.as_deref().and_then(|origin| origin.split_once("://"));
+        let query = ns.map(|(_, ns)| format!("?ns={}", if ns == "index.docker.io" { DOCKER_HUB_NAME } else { ns }));
+        self.at(&format!("/v2/{}/{rest}{}", self.repository(), query.unwrap_or_default()))
     }
 
     /// The URL of an absolute path at the registry.
@@ -176,7 +181,10 @@ impl Remote {
                 &self.host.name,
                 scope,
             )?;
-            let RequestParts { method, url, headers } = make();
+            let RequestParts { method, url, mut headers } = make();
+            if let Some(upstream) = &self.endpoint.upstream {
+                headers.push((HeaderName::from_static(UPSTREAM), upstream.clone()));
+            }
             let mut request = Request::new(method, url.clone());
             request.headers = headers;
             // Uploads go to URLs that the registry names; another host gets no credentials of this one.

@@ -30,12 +30,12 @@ pub(crate) struct Endpoints {
 
 impl Endpoints {
     fn new(client: &Client, reference: &ImageRef) -> Result<Self, TransportError> {
-        let endpoints = client.resolve(reference)?;
+        let endpoints = client.resolve_with_cache(reference)?;
         let remotes = endpoints.into_iter().map(|endpoint| (Remote::new(client, endpoint), AtomicBool::new(false)));
         Ok(Self { remotes: remotes.collect() })
     }
 
-    /// The indices in the order in which to try them: those that failed lately come last.
+    /// The indices in the order in which to try them for blobs: those that failed lately come last.
     pub(crate) fn order(&self) -> Vec<usize> {
         let broken = |index: &usize| self.remotes.get(*index).is_some_and(|(_, broken)| broken.load(Ordering::Relaxed));
         let mut order: Vec<usize> = (0..self.remotes.len()).collect();
@@ -68,13 +68,14 @@ impl Endpoints {
         from.client.note(&format!("{}: {what}: {}; going on at {}", from.place(), failure.reason(), to.place()));
     }
 
-    /// Does something at the first endpoint where it succeeds.
+    /// Does something other than fetching a blob at the first endpoint where it succeeds.
     pub(crate) fn first<T>(
         &self,
         what: &str,
         mut operation: impl FnMut(&Remote) -> Result<T, Failure>,
     ) -> Result<T, TransportError> {
-        let order = self.order();
+        let mut order = self.order();
+        order.retain(|index| self.remote(*index).endpoint.upstream.is_none());
         let mut errors: Vec<(bool, TransportError)> = Vec::new();
         for (position, index) in order.iter().enumerate() {
             let remote = self.remote(*index);

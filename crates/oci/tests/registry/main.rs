@@ -6,6 +6,7 @@ mod config;
 mod downloads;
 mod environment;
 mod memory;
+mod node_cache;
 mod peers;
 mod proxies;
 mod redirects;
