@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Lint => lint::lint(),
         Task::Test(options) => test::test(&options),
-        Task::Bench(bench) => bench::bench(&bench),
+        Task::Bench(bench) => bench::bench(bench),
         Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Tree => tree::check().map(|report| println!("{report}")),
         Task::Measure { spec } => bench::measure::child(&spec),

@@ -46,6 +46,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nbd-client", "nbd-client"),
     ("qemu-img", "qemu-utils"),
     ("fio", "fio"),
+    ("nginx", "nginx-light"),
 ];
 
 /// An S3 that is not ours, from PyPI: Debian has none. Flask is what its server runs on; its own extra for that wants far more.

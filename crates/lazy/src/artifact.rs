@@ -1,6 +1,11 @@
 //! The manifest of a lazy image: which blob is what, and how they are read from an image source.
 
-use std::{fmt, io, sync::Arc};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Read, Seek as _},
+    sync::Arc,
+};
 
 use nacre_core::{Algorithm, Digest};
 use nacre_oci::{
@@ -11,9 +16,15 @@ use nacre_oci::{
 
 use crate::{
     format::{ARTIFACT_TYPE, BLOBS_LIMIT, DATA_TYPE, METADATA_TYPE, SEALED, TABLE_TYPE},
+    image::{Metadata, OpenError},
     keys::MetadataKey,
     source::{BlobId, Blobs, SourceError},
 };
+
+/// How often the metadata is asked for again where it is wrong.
+const METADATA_ATTEMPTS: u32 = 2;
+/// Bytes of a request of it then.
+const PART: u64 = 4 << 20;
 
 /// Why a manifest is no lazy image's.
 #[derive(Debug, thiserror::Error)]
@@ -166,12 +177,61 @@ impl Blobs for ImageBlobs {
     }
 }
 
-/// The whole metadata blob, as a stream that is not verified yet.
+/// Fetches an image's metadata and verifies all of it; its EROFS image goes to a file, which is empty. Where one place gives something
+/// else than what the manifest names, the next one is asked.
 ///
 /// # Errors
-/// What the source says
-pub fn metadata_stream(source: &dyn ImageSource, artifact: &Artifact) -> io::Result<Box<dyn io::Read + Send>> {
-    source.blob(&artifact.metadata).map_err(io::Error::other)
+/// [`OpenError`]: the last place's
+pub fn read_metadata(
+    source: &dyn ImageSource,
+    artifact: &Artifact,
+    key: Option<&MetadataKey>,
+    erofs: &mut File,
+) -> Result<Metadata, OpenError> {
+    let descriptor = &artifact.metadata;
+    let mut attempt = 0;
+    loop {
+        // The first place is asked for a stream, which is repeated where it breaks off.
+        let mut blob = (attempt == 0).then(|| source.blob(descriptor).ok()).flatten();
+        let mut parts = Parts { source, descriptor, at: 0, attempt, piece: Vec::new(), taken: 0 };
+        let stream: &mut dyn Read = match &mut blob {
+            Some(blob) => blob,
+            None => &mut parts,
+        };
+        match Metadata::read(stream, &descriptor.digest, key, erofs) {
+            Err(error) if attempt < METADATA_ATTEMPTS && !matches!(error, OpenError::Local(_)) => {
+                tracing::warn!("the metadata of {}: {error}; it is asked for again", source.location());
+                erofs.set_len(0).and_then(|()| erofs.rewind()).map_err(OpenError::Local)?;
+                attempt += 1;
+            }
+            read => return read,
+        }
+    }
+}
+
+/// A blob as a stream of parts, from the place that this attempt begins with.
+struct Parts<'a> {
+    source: &'a dyn ImageSource,
+    descriptor: &'a Descriptor,
+    at: u64,
+    attempt: u32,
+    piece: Vec<u8>,
+    /// Of the piece.
+    taken: usize,
+}
+
+impl Read for Parts<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.taken == self.piece.len() {
+            let length = (self.descriptor.size - self.at).min(PART);
+            self.piece.resize(usize::try_from(length).unwrap_or(0), 0);
+            self.source.read_blob(self.descriptor, self.at, &mut self.piece, self.attempt).map_err(io::Error::other)?;
+            (self.at, self.taken) = (self.at + length, 0);
+        }
+        let length = self.piece.get(self.taken..).unwrap_or_default().read(out)?;
+        self.taken += length;
+        Ok(length)
+    }
 }
 
 #[cfg(test)]

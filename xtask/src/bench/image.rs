@@ -68,13 +68,13 @@ pub(crate) fn prepare(cache: &Path, megabytes: u64) -> Result<Images> {
     Ok(images)
 }
 
-struct Entry {
-    path: PathBuf,
+pub(super) struct Entry {
+    pub(super) path: PathBuf,
     size: u64,
 }
 
 /// Files in an order that only their names decide, as many as give the size and the mean size that are asked for; then by name.
-fn choose(megabytes: u64) -> Result<Vec<Entry>> {
+pub(super) fn choose(megabytes: u64) -> Result<Vec<Entry>> {
     let mut all = Vec::new();
     let mut pending = vec![PathBuf::from("/usr")];
     while let Some(directory) = pending.pop() {
@@ -153,14 +153,19 @@ fn make(layout: &Path, tag: &str, layers: &[&[Entry]], kind: &str, compressor: &
         "architecture": "amd64", "os": "linux", "config": {},
         "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
+    add_manifest(layout, tag, &config, &descriptors, work)
+}
+
+/// Adds a config and a manifest with a tag to a layout.
+pub(super) fn add_manifest(layout: &Path, tag: &str, config: &Value, layers: &[Value], work: &Path) -> Result<()> {
     let store = |value: &Value, media_type: &str| {
         let path = work.join("json");
         fs::write(&path, value.to_string())?;
         add_blob(layout, &path, media_type)
     };
-    let config = store(&config, "application/vnd.oci.image.config.v1+json")?;
+    let config = store(config, "application/vnd.oci.image.config.v1+json")?;
     let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": descriptors });
+    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers });
     let mut descriptor = store(&manifest, media_type)?;
     if let Some(object) = descriptor.as_object_mut() {
         object.insert("annotations".into(), json!({ "org.opencontainers.image.ref.name": tag }));
@@ -200,12 +205,12 @@ fn archive(layer: &[Entry], names: &Path, tar: &Path) -> Result<()> {
         .stderr(Stdio::inherit()))
 }
 
-fn sha256(path: &Path) -> Result<String> {
+pub(super) fn sha256(path: &Path) -> Result<String> {
     let text = output(Command::new("sha256sum").arg(path))?;
     Ok(text.split(' ').next().unwrap_or_default().to_owned())
 }
 
-fn add_blob(layout: &Path, path: &Path, media_type: &str) -> Result<Value> {
+pub(super) fn add_blob(layout: &Path, path: &Path, media_type: &str) -> Result<Value> {
     let digest = sha256(path)?;
     let size = fs::metadata(path)?.len();
     fs::rename(path, layout.join("blobs/sha256").join(&digest))?;

@@ -2,12 +2,17 @@
 
 mod disk;
 mod image;
+mod lazy;
 pub(crate) mod measure;
 mod pull;
 mod registry;
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use serde::Serialize;
+
+use crate::run::{cargo, run, target};
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Bench {
@@ -15,12 +20,15 @@ pub(crate) enum Bench {
     Pull(pull::Options),
     /// The secure disk: in process and over NBD
     Disk(disk::Options),
+    /// Lazy images: made, mounted and read, and started over a network
+    Lazy(lazy::Options),
 }
 
-pub(crate) fn bench(bench: &Bench) -> Result<()> {
+pub(crate) fn bench(bench: Bench) -> Result<()> {
     match bench {
-        Bench::Pull(options) => pull::pull(options),
-        Bench::Disk(options) => disk::disk(options),
+        Bench::Pull(options) => pull::pull(&options),
+        Bench::Disk(options) => disk::disk(&options),
+        Bench::Lazy(options) => lazy::lazy(options),
     }
 }
 
@@ -68,6 +76,11 @@ impl Case {
         Self::compare(case, unit, ours, peer, Sense::AtLeast, goal)
     }
 
+    /// Two candidates, each with its MiB; ours is to have at most `goal` times as many.
+    fn compare_sizes(case: &str, ours: &[f64], peer: &[f64], goal: f64) -> Self {
+        Self::compare(case, "MiB", ours, peer, Sense::AtMost, goal)
+    }
+
     fn compare(case: &str, unit: &'static str, ours: &[f64], peer: &[f64], sense: Sense, goal: f64) -> Self {
         let ratio = median(ours.iter().zip(peer).map(|(ours, peer)| ours / peer).collect());
         let (ours, peer) = (median(ours.to_vec()), median(peer.to_vec()));
@@ -109,6 +122,12 @@ impl Case {
         );
         Ok(())
     }
+}
+
+/// Our program, as it is released.
+fn build() -> Result<PathBuf> {
+    run(&mut cargo(&["build", "--release", "--locked", "--package", "nacre-cli"]))?;
+    Ok(target().join("release/nacre"))
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {

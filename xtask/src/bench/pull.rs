@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::{
-    Case,
+    Case, build,
     image::{self, ENCRYPTED, GZIP, Images, MANY, ZSTD},
     measure::{Sample, measure},
     median,
     registry::Registry,
 };
-use crate::run::{cargo, find, run, target};
+use crate::run::{find, target};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -168,11 +168,6 @@ const AGAIN: &str = "stored image";
 
 fn ours_name(tag: &str) -> String {
     format!("nacre {tag}")
-}
-
-fn build() -> Result<PathBuf> {
-    run(&mut cargo(&["build", "--release", "--locked", "--package", "nacre-cli"]))?;
-    Ok(target().join("release/nacre"))
 }
 
 fn words(text: &str) -> Vec<String> {

@@ -22,11 +22,11 @@ use nacre_guest::{
     service::ImageService,
 };
 use nacre_lazy::{
-    artifact::{Artifact, ImageBlobs, blob_id, metadata_stream},
+    artifact::{Artifact, ImageBlobs, blob_id, read_metadata},
     build::{DataBlob, LazyRemake, Report, Shared},
     cache::Cache,
     fetch::Fetcher,
-    image::{Metadata, Table},
+    image::Table,
     keys::Domain,
     reader::{Reader, Shared as ReaderShared},
     source::BlobId,
@@ -254,9 +254,8 @@ fn share(source: Arc<dyn ImageSource>, keyring: &Keyring, platform: &Platform) -
     }
     let artifact = Artifact::parse(&Manifest::parse(&raw)?)?;
     let key = artifact.unwrap(keyring)?;
-    let mut stream = metadata_stream(&*source, &artifact)?;
     let mut nowhere = tempfile::tempfile().context("a temporary file")?;
-    let metadata = Metadata::read(&mut stream, &artifact.metadata.digest, key.as_ref(), &mut nowhere)?;
+    let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut nowhere)?;
     metadata.check_blobs(&artifact.blobs())?;
     let (table, summary, blobs) = Table::new(metadata, artifact.table_blob());
     let from = Arc::new(ImageBlobs::new(Arc::clone(&source), &artifact));

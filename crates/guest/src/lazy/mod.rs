@@ -26,12 +26,12 @@ use std::{
 
 use nacre_core::Digest;
 use nacre_lazy::{
-    artifact::{Artifact, ArtifactError, ImageBlobs, metadata_stream},
+    artifact::{Artifact, ArtifactError, ImageBlobs, read_metadata},
     cache::Cache,
     erofs::{self, CheckError, Image},
     fetch::Fetcher,
     format::BLOCK,
-    image::{Metadata, OpenError, Table},
+    image::{OpenError, Table},
     reader::{Reader, Shared},
 };
 use nacre_oci::{
@@ -247,9 +247,7 @@ impl LazyStore {
         let artifact = Artifact::parse(&manifest)?;
         let key = artifact.unwrap(images.keyring())?;
         let mut place = Place::new(&self.options.directory.join(MOUNTS))?;
-        let path = place.metadata();
-        let mut stream = metadata_stream(&*source, &artifact).map_err(io_error("fetch the metadata", &path))?;
-        let metadata = Metadata::read(&mut stream, &artifact.metadata.digest, key.as_ref(), &mut place.erofs)?;
+        let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs)?;
         metadata.check_blobs(&artifact.blobs())?;
         let config = ImageConfig::of_verified(&metadata.config)?;
         let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;

@@ -1,10 +1,6 @@
 //! The disk over NBD, and the peers: fio with its nbd engine drives all of them in the same way.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{collections::BTreeMap, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
@@ -14,8 +10,8 @@ use super::{
     serve::{Images, Running, Server, pin},
 };
 use crate::{
-    bench::{Case, median},
-    run::{cargo, find, output, run, target},
+    bench::{Case, build, median},
+    run::{find, output},
 };
 
 /// How often each candidate runs a job.
@@ -85,11 +81,6 @@ pub(super) fn nbd(options: &Options) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn build() -> Result<PathBuf> {
-    run(&mut cargo(&["build", "--release", "--locked", "--package", "nacre-cli"]))?;
-    Ok(target().join("release/nacre"))
 }
 
 /// A medium with the images of all candidates on it.
