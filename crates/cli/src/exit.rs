@@ -76,6 +76,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
                 Some(Exit::Io)
             }
             LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Some(Exit::Io),
+            LazyError::Grant(_) => None,
             LazyError::Artifact(_)
             | LazyError::Open(_)
             | LazyError::Check(_)

@@ -13,8 +13,9 @@ use nacre_attest::{
     sim::{SimAttester, read_platform_key},
 };
 use nacre_core::{
-    Clock, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
+    Clock, Digest, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
 };
+use nacre_lazy::artifact::Artifact;
 use nacre_oci::{
     crypt::{CryptError, Keyring},
     manifest::{ImageConfig, ManifestError, Platform},
@@ -30,7 +31,7 @@ use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
-    lazy::{LazyError, LazyImage, LazyMount, LazyStore},
+    lazy::{Connection, Grant, LazyError, LazyImage, LazyStore, Origin},
     store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
 
@@ -104,6 +105,10 @@ pub enum ServiceError {
 pub struct ImageService {
     images: Images,
     client: Client,
+    /// How `client` speaks to registries, for other processes.
+    connection: Connection,
+    /// Credentials that the broker released.
+    released: Option<SecretBytes>,
     broker: Option<Arc<BrokerClient>>,
     keys: Arc<dyn KeySource>,
 }
@@ -131,15 +136,21 @@ impl ImageService {
         let policy = policy(config, init_data.as_ref(), &*keys)?;
         let trust = Trust { policy, rules: config.trust.admission, lookaside, keys: keys.clone(), clock };
         let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(keys.clone());
-        let credentials = match config.registries.credentials.as_deref() {
-            Some(uri) if uri.starts_with("kbs") => CredentialStore::from_bytes(uri, &keys.fetch(&uri.parse()?)?)?,
-            path => CredentialStore::system(path.map(Path::new))?,
+        let (credentials, released) = match config.registries.credentials.as_deref() {
+            Some(uri) if uri.starts_with("kbs") => {
+                let released = keys.fetch(&uri.parse()?)?;
+                (CredentialStore::from_bytes(uri, &released)?, Some(released))
+            }
+            path => (CredentialStore::system(path.map(Path::new))?, None),
         };
-        let conf = RegistriesConf::system(config.registries.conf.as_deref())?;
-        let client = Client::new(config.registry.clone(), conf, credentials, progress.clone())?;
+        let registries = RegistriesConf::system(config.registries.conf.as_deref())?;
+        let auth_files = if released.is_none() { credentials.files() } else { Vec::new() };
+        let connection = Connection { client: config.registry.clone(), registries, auth_files };
+        let (client, registries) = (connection.client.clone(), connection.registries.clone());
+        let client = Client::new(client, registries, credentials, progress.clone())?;
         let options = pull_options(config, store.marks())?;
         let images = Images::new(store, trust, keyring, options, progress);
-        Ok(Self { images, client, broker, keys })
+        Ok(Self { images, client, connection, released, broker, keys })
     }
 
     /// Pulling, and the store.
@@ -225,13 +236,54 @@ impl ImageService {
         Err(ServiceError::Config(format!("'{text}' has no registry to search")))
     }
 
+    /// Admits a lazy image and unwraps its key, for a process that mounts it without asking for either: the first of a name's locations that has
+    /// one. `variable` gives the environment's, which that process need not share.
+    ///
+    /// # Errors
+    /// [`ServiceError`]
+    pub fn grant_lazy(&self, text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Grant, ServiceError> {
+        let unsettled = |source| ServiceError::File { what: "the registry client's files", path: ".".into(), source };
+        let mut connection = self.connection.clone();
+        connection.client = connection.client.settled(variable).map_err(unsettled)?;
+        for path in &mut connection.auth_files {
+            *path = absolute(path)?;
+        }
+        let locations = self.locations(text)?;
+        let last = locations.len().saturating_sub(1);
+        for (position, location) in locations.iter().enumerate() {
+            match self.grant_lazy_at(text, location, &connection) {
+                Err(ServiceError::Lazy(LazyError::Pull(PullError::Transport(error))))
+                    if error.is_not_found() && position < last => {}
+                result => return result,
+            }
+        }
+        Err(ServiceError::Config(format!("'{text}' has no registry to search")))
+    }
+
+    fn grant_lazy_at(&self, text: &str, location: &Location, connection: &Connection) -> Result<Grant, ServiceError> {
+        let admitted = self.images.admit_lazy_raw(&*self.source(location)?).map_err(LazyError::Pull)?;
+        let (raw, manifest, _admission) = admitted;
+        let artifact = Artifact::parse(&manifest).map_err(LazyError::Artifact)?;
+        let key = artifact.unwrap(self.images.keyring()).map_err(LazyError::Artifact)?;
+        let here = |source| ServiceError::File { what: "the image", path: location.to_string().into(), source };
+        let origin = Origin::new(location, connection).map_err(here)?;
+        let released = self.released.as_ref().map(|released| SecretBytes::new(released.expose().to_vec()));
+        Ok(Grant { reference: text.to_owned(), manifest: raw, key, origin, released })
+    }
+
     /// Makes a bundle of a mounted lazy image in the store's own directory, as [`mount_own_bundle`](Self::mount_own_bundle) does.
     ///
     /// # Errors
     /// [`ServiceError`]; then nothing of it is left.
-    pub fn mount_lazy_bundle(&self, mount: &LazyMount, overrides: &Overrides) -> Result<OwnBundle, ServiceError> {
-        let own = self.images.store().add_own_bundle(mount.image.manifest, Vec::new(), None)?;
-        self.compose(own.record(), &[mount.target().to_owned()], &mount.image.config, overrides)?;
+    pub fn mount_lazy_bundle(
+        &self,
+        manifest: &Digest,
+        mounted: &Path,
+        config: &ImageConfig,
+        overrides: &Overrides,
+    ) -> Result<OwnBundle, ServiceError> {
+        let own = self.images.store().add_own_bundle(*manifest, Vec::new(), None)?;
+        self.compose(own.record(), &[mounted.to_owned()], config, overrides)?;
         Ok(own)
     }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{KeyArgs, RegistryArgs, TrustArgs};
 use crate::size::Size;
@@ -48,12 +48,9 @@ pub(crate) struct MountArgs {
     /// Fetch all of it while it is in use, so that the registry may go away
     #[arg(long)]
     pub(crate) complete: bool,
-    /// Serve it in this process, and not in the background
+    /// Serve it in this process, and not by the daemon that serves all others: it ends with this process
     #[arg(long)]
     pub(crate) foreground: bool,
-    /// Set for the process in the background
-    #[arg(long, hide = true, env = "NACRE_LAZY_DETACHED")]
-    pub(crate) detached: bool,
     #[command(flatten)]
     pub(crate) lazy: LazyArgs,
     #[command(flatten)]
@@ -62,6 +59,39 @@ pub(crate) struct MountArgs {
     pub(crate) keys: KeyArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
+}
+
+/// The daemon that serves the mounted images of a store.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DaemonCommand {
+    /// Have another process take over, which may be of a newer program; readers do not notice
+    Restart,
+    /// Hold what keeps mounts alive, and start the daemon
+    #[command(hide = true)]
+    Keep(KeepArgs),
+    /// Be the daemon
+    #[command(hide = true)]
+    Serve(ServeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeepArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub(crate) directory: PathBuf,
+    /// Take over from a keeper that died
+    #[arg(long)]
+    pub(crate) adopt: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub(crate) directory: PathBuf,
+    /// End when nothing was mounted for so many seconds
+    #[arg(long, default_value_t = 30)]
+    pub(crate) idle: u64,
 }
 
 /// How a lazy image is made.

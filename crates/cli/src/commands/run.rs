@@ -19,7 +19,7 @@ pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     let runtime = Runtime::find(args.runtime.as_deref())?;
     let overrides = overrides(args);
     if args.lazy {
-        return super::lazy::run(&service, args, &overrides, &runtime);
+        return super::mounts::run(global, &service, args, &overrides, &runtime);
     }
     let pulled = if args.offline { open(&service, &args.image)? } else { service.pull(&args.image)? };
     run_pulled(&service, &pulled, &overrides, &runtime)

@@ -242,9 +242,17 @@ impl Images {
     /// # Errors
     /// [`PullError`]
     pub fn admit_lazy(&self, source: &dyn ImageSource) -> Result<(Manifest, Admission), PullError> {
+        self.admit_lazy_raw(source).map(|(_, manifest, admission)| (manifest, admission))
+    }
+
+    /// The same, with the manifest as it came.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn admit_lazy_raw(&self, source: &dyn ImageSource) -> Result<(RawManifest, Manifest, Admission), PullError> {
         let resolved = self.resolve(source)?;
         let (admission, _) = self.admit(&resolved, source.location(), source.signatures())?;
-        Ok((resolved.manifest, admission))
+        Ok((resolved.raw().clone(), resolved.manifest, admission))
     }
 
     fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {
