@@ -3,7 +3,8 @@
 use std::{
     io::{self, Read as _},
     os::{fd::BorrowedFd, unix::net::UnixStream},
-    process::{Command, Stdio},
+    path::Path,
+    process::Stdio,
     thread,
     time::{Duration, Instant},
 };
@@ -109,7 +110,7 @@ impl Station {
 
     /// Starts a keeper, which starts the daemon; whether it did, rather than another.
     fn start(&self, global: &Global) -> anyhow::Result<bool> {
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = super::program(Path::new(super::SELF));
         if let Some(log) = &global.log {
             command.args(["--log", log]);
         }
@@ -156,7 +157,7 @@ impl Station {
 ///
 /// # Errors
 /// One does not answer.
-pub(crate) fn all(lazy: &std::path::Path) -> anyhow::Result<Vec<Shown>> {
+pub(crate) fn all(lazy: &Path) -> anyhow::Result<Vec<Shown>> {
     let mut all = Vec::new();
     for station in Station::all(lazy)? {
         if let Some(connected) = station.connected()? {

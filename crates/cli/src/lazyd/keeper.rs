@@ -10,7 +10,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -24,7 +24,7 @@ use rustix::{
 };
 
 use super::{
-    Station,
+    SELF, Station,
     link::{self, FILES, Held, ToDaemon, ToKeeper},
 };
 use crate::{
@@ -40,8 +40,6 @@ const TRIES: u32 = 5;
 const HAND_OVER: Duration = Duration::from_secs(10);
 /// What is said to who waits for the daemon.
 pub(super) const READY: &str = "ready";
-/// This program, whatever has its name by now.
-const SELF: &str = "/proc/self/exe";
 
 /// The exit code.
 pub(crate) fn keep(global: &Global, args: &KeepArgs) -> anyhow::Result<i32> {
@@ -164,7 +162,7 @@ impl Keeper {
 
     fn start(&self, program: &Path) -> anyhow::Result<Daemon> {
         let (ours, theirs) = UnixStream::pair().context("a pair of sockets")?;
-        let mut command = Command::new(program);
+        let mut command = super::program(program);
         if let Some(log) = &self.base.log {
             command.args(["--log", log]);
         }

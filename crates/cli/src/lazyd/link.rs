@@ -9,7 +9,8 @@ use std::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{Child, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
@@ -208,7 +209,7 @@ impl Link {
     fn adopted(&self, state: &State) -> anyhow::Result<(UnixStream, Child)> {
         let (ours, theirs) = UnixStream::pair()?;
         let process = pidfd_open(getpid(), PidfdFlags::empty()).context("a descriptor of this process")?;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = super::program(Path::new(super::SELF));
         command.args(["image", "daemon", "keep", "--adopt", "--directory"]).arg(self.station.lazy());
         let keeper = command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).spawn().context("start it")?;
         send(&ours, &ToKeeper::Adopt, &[process.as_fd(), self.listener.as_fd(), self.lock.as_fd()])?;

@@ -34,14 +34,26 @@ use std::{
         unix::{
             fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
             net::{UnixListener, UnixStream},
+            process::CommandExt as _,
         },
     },
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::Context as _;
 
 pub(crate) use protocol::{MountRequest, Mounted, Request, Shown};
+
+/// This program, whatever has its name by now.
+const SELF: &str = "/proc/self/exe";
+
+/// A program that `ps` shows by its name.
+fn program(path: &Path) -> Command {
+    let mut command = Command::new(path);
+    command.arg0("nacre");
+    command
+}
 
 /// Where a daemon is found: a store's directory of lazy images, and a mount namespace.
 #[derive(Debug, Clone)]

@@ -3,6 +3,7 @@
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod lazy;
+mod mounts;
 mod random;
 mod registry;
 mod runtimes;
