@@ -1,5 +1,7 @@
 //! A guest by its configuration: store, trust, keys and registries, brought together for the programs that serve it.
 
+mod lazy;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,9 +15,8 @@ use nacre_attest::{
     sim::{SimAttester, read_platform_key},
 };
 use nacre_core::{
-    Clock, Digest, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
+    Clock, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
 };
-use nacre_lazy::artifact::Artifact;
 use nacre_oci::{
     crypt::{CryptError, Keyring},
     manifest::{ImageConfig, ManifestError, Platform},
@@ -31,7 +32,7 @@ use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
-    lazy::{Connection, Grant, LazyError, LazyImage, LazyStore, Origin},
+    lazy::{Clients, Connection, LazyError, Mounter, OwnMounts},
     store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
 
@@ -96,6 +97,9 @@ pub enum ServiceError {
     /// The lazy image was not opened or mounted.
     #[error(transparent)]
     Lazy(#[from] LazyError),
+    /// Whoever mounts lazy images did not.
+    #[error("{0}")]
+    Mount(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The bundle was not made.
     #[error(transparent)]
     Compose(#[from] ComposeError),
@@ -109,6 +113,11 @@ pub struct ImageService {
     connection: Connection,
     /// Credentials that the broker released.
     released: Option<SecretBytes>,
+    /// Where lazy images are opened.
+    own: Arc<OwnMounts>,
+    /// Who mounts them.
+    mounter: Arc<dyn Mounter>,
+    clients: Arc<Clients>,
     broker: Option<Arc<BrokerClient>>,
     keys: Arc<dyn KeySource>,
 }
@@ -149,8 +158,18 @@ impl ImageService {
         let (client, registries) = (connection.client.clone(), connection.registries.clone());
         let client = Client::new(client, registries, credentials, progress.clone())?;
         let options = pull_options(config, store.marks())?;
+        let clients = Arc::<Clients>::default();
+        let own = OwnMounts::new(lazy::options(&store, &config.lazy)?, config.lazy.front, clients.clone());
+        let own = Arc::new(own);
         let images = Images::new(store, trust, keyring, options, progress);
-        Ok(Self { images, client, connection, released, broker, keys })
+        Ok(Self { images, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
+    }
+
+    /// Has somebody else mount lazy images; without one, this process does, and its mounts end with it.
+    #[must_use]
+    pub fn with_mounter(mut self, mounter: Arc<dyn Mounter>) -> Self {
+        self.mounter = mounter;
+        self
     }
 
     /// Pulling, and the store.
@@ -212,79 +231,17 @@ impl ImageService {
         Err(ServiceError::Config(format!("'{text}' has no registry to search")))
     }
 
-    /// Pulls an image.
+    /// Pulls an image. Of a lazy one, what is fetched is its metadata; the rest comes when it is read.
     ///
     /// # Errors
     /// [`ServiceError`]
     pub fn pull(&self, text: &str) -> Result<PulledImage, ServiceError> {
-        self.with_source(text, |source| self.images.pull(source))
-    }
-
-    /// Opens a lazy image: the first of a name's locations that has one.
-    ///
-    /// # Errors
-    /// [`ServiceError`]
-    pub fn open_lazy(&self, store: &LazyStore, text: &str) -> Result<LazyImage, ServiceError> {
-        let locations = self.locations(text)?;
-        let last = locations.len().saturating_sub(1);
-        for (position, location) in locations.iter().enumerate() {
-            match store.image(&self.images, Arc::from(self.source(location)?)) {
-                Err(LazyError::Pull(PullError::Transport(error))) if error.is_not_found() && position < last => {}
-                result => return Ok(result?),
+        match self.with_source(text, |source| self.images.pull(source)) {
+            Err(ServiceError::Pull(PullError::Lazy(_))) => {
+                self.at_first(text, |location| self.pull_lazy(text, location))
             }
+            pulled => pulled,
         }
-        Err(ServiceError::Config(format!("'{text}' has no registry to search")))
-    }
-
-    /// Admits a lazy image and unwraps its key, for a process that mounts it without asking for either: the first of a name's locations that has
-    /// one. `variable` gives the environment's, which that process need not share.
-    ///
-    /// # Errors
-    /// [`ServiceError`]
-    pub fn grant_lazy(&self, text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Grant, ServiceError> {
-        let unsettled = |source| ServiceError::File { what: "the registry client's files", path: ".".into(), source };
-        let mut connection = self.connection.clone();
-        connection.client = connection.client.settled(variable).map_err(unsettled)?;
-        for path in &mut connection.auth_files {
-            *path = absolute(path)?;
-        }
-        let locations = self.locations(text)?;
-        let last = locations.len().saturating_sub(1);
-        for (position, location) in locations.iter().enumerate() {
-            match self.grant_lazy_at(text, location, &connection) {
-                Err(ServiceError::Lazy(LazyError::Pull(PullError::Transport(error))))
-                    if error.is_not_found() && position < last => {}
-                result => return result,
-            }
-        }
-        Err(ServiceError::Config(format!("'{text}' has no registry to search")))
-    }
-
-    fn grant_lazy_at(&self, text: &str, location: &Location, connection: &Connection) -> Result<Grant, ServiceError> {
-        let admitted = self.images.admit_lazy_raw(&*self.source(location)?).map_err(LazyError::Pull)?;
-        let (raw, manifest, _admission) = admitted;
-        let artifact = Artifact::parse(&manifest).map_err(LazyError::Artifact)?;
-        let key = artifact.unwrap(self.images.keyring()).map_err(LazyError::Artifact)?;
-        let here = |source| ServiceError::File { what: "the image", path: location.to_string().into(), source };
-        let origin = Origin::new(location, connection).map_err(here)?;
-        let released = self.released.as_ref().map(|released| SecretBytes::new(released.expose().to_vec()));
-        Ok(Grant { reference: text.to_owned(), manifest: raw, key, origin, released })
-    }
-
-    /// Makes a bundle of a mounted lazy image in the store's own directory, as [`mount_own_bundle`](Self::mount_own_bundle) does.
-    ///
-    /// # Errors
-    /// [`ServiceError`]; then nothing of it is left.
-    pub fn mount_lazy_bundle(
-        &self,
-        manifest: &Digest,
-        mounted: &Path,
-        config: &ImageConfig,
-        overrides: &Overrides,
-    ) -> Result<OwnBundle, ServiceError> {
-        let own = self.images.store().add_own_bundle(*manifest, Vec::new(), None)?;
-        self.compose(own.record(), &[mounted.to_owned()], config, overrides)?;
-        Ok(own)
     }
 
     /// Makes a bundle of a pulled image: rootfs, mounted, and config.json. It lasts until [`unmount_bundle`](Self::unmount_bundle).
@@ -316,7 +273,14 @@ impl ImageService {
     }
 
     fn mount(&self, pulled: &PulledImage, record: &BundleRecord, overrides: &Overrides) -> Result<(), ServiceError> {
-        let layers: Vec<PathBuf> = pulled.layers.iter().map(|layer| layer.path().to_owned()).collect();
+        let layers: Vec<PathBuf> = match &pulled.lazy {
+            Some(access) => vec![self.mount_lower(access, record).inspect_err(|_| {
+                if let Err(error) = self.images.store().remove_bundle(&record.id) {
+                    tracing::warn!("{error}");
+                }
+            })?],
+            None => pulled.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        };
         self.compose(record, &layers, &pulled.image.config, overrides)
     }
 

@@ -8,10 +8,9 @@ use super::{KeyArgs, RegistryArgs, TrustArgs};
 use crate::size::Size;
 
 /// How an image becomes a filesystem.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Front {
     /// EROFS where the kernel mounts it from files (Linux 6.12), or else FUSE
-    #[default]
     Auto,
     /// EROFS, or an error
     Erofs,
@@ -26,15 +25,15 @@ pub(crate) struct LazyArgs {
     /// Keep the ciphertext that was read in this directory, which may be shared and is not trusted [default: lazy/chunks in the store]
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// The most that is kept there
-    #[arg(long, value_name = "SIZE", default_value = "10G")]
-    pub(crate) cache_limit: Size,
-    /// How many seconds a read waits for a registry that does not answer, before it fails
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    pub(crate) patience: u64,
-    /// How the image becomes a filesystem
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) front: Front,
+    /// The most that is kept there [default: 10G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cache_limit: Option<Size>,
+    /// How many seconds a read waits for a registry that does not answer, before it fails [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) patience: Option<u64>,
+    /// How the image becomes a filesystem [default: auto]
+    #[arg(long, value_enum)]
+    pub(crate) front: Option<Front>,
 }
 
 #[derive(Debug, Args)]

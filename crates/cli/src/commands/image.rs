@@ -48,6 +48,7 @@ fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
     setup::privileged()?;
     let setup = Setup::new(global, args.json)?.with_keys(&args.keys);
     let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
+    let service = super::mounts::by_daemon(global, service, false);
     let pulled = service.pull(&args.image)?;
     if let Some(bundle) = &args.bundle {
         service.mount_bundle(&pulled, bundle, &overrides_of_bundle(&pulled))?;
@@ -70,6 +71,7 @@ fn pulled_json(name: &str, pulled: &PulledImage, bundle: Option<&Path>) -> Value
         "image": name,
         "manifest": pulled.image.manifest,
         "layers": pulled.image.layers,
+        "lazy": pulled.image.lazy,
         "fetched": pulled.fetched,
         "admission": admission_json(&pulled.admission),
         "bundle": bundle,
@@ -102,8 +104,8 @@ fn list(global: &Global, json: bool) -> anyhow::Result<()> {
         return output::json(&listed_json(&store, &images, &mounts)?);
     }
     let row = |(name, image): &(RefRecord, ImageRecord)| {
-        let bytes = layer_bytes(&store, image);
-        let layers = image.layers.len().to_string();
+        let bytes = image_bytes(&store, image);
+        let layers = if image.lazy.is_some() { "lazy".into() } else { image.layers.len().to_string() };
         vec![name.name.clone(), image.manifest.short(), layers, size(bytes), name.pulled.clone()]
     };
     let rows: Vec<Vec<String>> = images.iter().map(row).collect();
@@ -149,8 +151,11 @@ fn listed_json(store: &Store, images: &[(RefRecord, ImageRecord)], mounts: &[Sho
     Ok(list)
 }
 
-/// Bytes of file content of an image's layers. Layers that are shared count for each image.
-fn layer_bytes(store: &Store, image: &ImageRecord) -> u64 {
+/// Bytes of an image's file content, in all layers; of a lazy one, wherever they are. Layers that are shared count for each image.
+fn image_bytes(store: &Store, image: &ImageRecord) -> u64 {
+    if let Some(lazy) = &image.lazy {
+        return lazy.content_bytes;
+    }
     let records = image.stack.iter().filter_map(|id| store.layer_record(id).ok().flatten());
     records.map(|record| record.applied.content_bytes).sum()
 }
@@ -160,10 +165,11 @@ fn stored_json(store: &Store, name: &RefRecord, image: &ImageRecord) -> Value {
         "name": name.name,
         "manifest": image.manifest,
         "chain": name.chain,
-        "bytes": layer_bytes(store, image),
+        "bytes": image_bytes(store, image),
         "pulled": name.pulled,
         "admitted": name.admitted,
         "layers": image.layers,
+        "lazy": image.lazy,
     })
 }
 

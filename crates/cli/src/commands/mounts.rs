@@ -16,7 +16,7 @@ use anyhow::Context as _;
 use nacre_core::Digest;
 use nacre_guest::{
     bundle::{Overrides, Runtime},
-    lazy::{self, Front, LazyMount, LazyOptions, LazyStore},
+    lazy::{self, Front, Grant, LazyMount, LazyOptions, LazyStore, Mounter},
     service::ImageService,
     store::Store,
 };
@@ -27,8 +27,9 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use crate::{
     args::{
         Global, RunArgs,
-        lazy::{DaemonCommand, Front as FrontArg, LazyArgs, MountArgs},
+        lazy::{DaemonCommand, MountArgs},
     },
+    commands::disk::Refused,
     exit::{Missing, Usage},
     lazyd::{self, MountRequest, Mounted, Request, Shown, Station},
     output,
@@ -41,24 +42,6 @@ const LOOK: Duration = Duration::from_millis(500);
 /// The directory of lazy images of a store.
 fn directory(store: &Store) -> PathBuf {
     store.root().join("lazy")
-}
-
-fn options(store: &Store, args: &LazyArgs) -> anyhow::Result<LazyOptions> {
-    let directory = directory(store);
-    let cache = match &args.cache {
-        Some(cache) => std::path::absolute(cache).context("--cache")?,
-        None => directory.join("chunks"),
-    };
-    let patience = Duration::from_secs(args.patience);
-    Ok(LazyOptions { directory, cache, cache_limit: args.cache_limit.0, patience })
-}
-
-fn front(args: &LazyArgs) -> Front {
-    match args.front {
-        FrontArg::Auto => Front::Best,
-        FrontArg::Erofs => Front::Erofs,
-        FrontArg::Fuse => Front::Fuse,
-    }
 }
 
 /// The exit code.
@@ -77,33 +60,64 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     let request = MountRequest {
         target: Some(target),
         seen: Some((seen.dev(), seen.ino())),
-        front: front(&args.lazy),
-        options: options(service.images().store(), &args.lazy)?,
+        front: service.lazy_front(),
+        options: service.lazy_options().clone(),
         complete: args.complete,
     };
-    let mounted = ask_to_mount(global, &service, &args.image, request, false)?;
+    let mounted = ask_to_mount(global, service.grant_lazy(&args.image)?, request, false)?;
     output::line(format_args!("{} {} {}", mounted.target.display(), mounted.front, mounted.manifest))?;
     Ok(0)
 }
 
 fn service(global: &Global, args: &MountArgs) -> anyhow::Result<ImageService> {
-    let setup = Setup::new(global, false)?.with_keys(&args.keys);
+    let setup = Setup::new(global, false)?.with_keys(&args.keys).with_lazy(&args.lazy);
     setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()
 }
 
-/// Has the daemon mount an image that this process admits. A mount that is `bound` ends with this process.
-fn ask_to_mount(
-    global: &Global,
-    service: &ImageService,
-    image: &str,
-    request: MountRequest,
-    bound: bool,
-) -> anyhow::Result<Mounted> {
-    let grant = service.grant_lazy(image, |name| std::env::var(name).ok())?.to_file()?;
+/// Has the daemon mount an image that this process admitted. A mount that is `bound` ends with this process.
+fn ask_to_mount(global: &Global, mut grant: Grant, request: MountRequest, bound: bool) -> anyhow::Result<Mounted> {
+    grant.settle(|name| std::env::var(name).ok()).context("how the registry is spoken to")?;
+    let grant = grant.to_file()?;
     let own = bound.then(|| pidfd_open(getpid(), PidfdFlags::empty())).transpose().context("this process")?;
     let files: Vec<_> = std::iter::once(grant.as_fd()).chain(own.iter().map(|own| own.as_fd())).collect();
     let daemon = Station::here(&request.options.directory)?.started(global)?;
     Ok(serde_json::from_value(daemon.ask(&Request::Mount(request), &files)?)?)
+}
+
+/// Has the daemon mount the lazy images of bundles.
+struct ByDaemon {
+    global: Global,
+    options: LazyOptions,
+    front: Front,
+    /// Whether they end with this process.
+    bound: bool,
+}
+
+impl Mounter for ByDaemon {
+    fn mount(&self, grant: Grant, target: &Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mounting = || {
+            let seen = fs::metadata(target)?;
+            let request = MountRequest {
+                target: Some(target.to_owned()),
+                seen: Some((seen.dev(), seen.ino())),
+                front: self.front,
+                options: self.options.clone(),
+                complete: false,
+            };
+            ask_to_mount(&self.global, grant, request, self.bound)
+        };
+        // With its exit code, which the error itself would lose here.
+        mounting().map(drop).map_err(|error| Refused::of(&error).into())
+    }
+}
+
+/// A service whose bundles have their lazy images mounted by the daemon, where its mounts are to be seen here.
+pub(crate) fn by_daemon(global: &Global, service: ImageService, bound: bool) -> ImageService {
+    if nacre_sys::userns::is_inside() {
+        return service;
+    }
+    let (options, front) = (service.lazy_options().clone(), service.lazy_front());
+    service.with_mounter(Arc::new(ByDaemon { global: global.clone(), options, front, bound }))
 }
 
 /// Serves one image in this process.
@@ -111,9 +125,9 @@ fn foreground(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     nacre_sys::memory::share_one_heap();
     let end = EndSignals::hold()?;
     let service = service(global, args)?;
-    let store = LazyStore::open(options(service.images().store(), &args.lazy)?)?;
+    let store = LazyStore::open(service.lazy_options().clone())?;
     let image = service.open_lazy(&store, &args.image)?;
-    let mounted = store.mount(image, &args.target, front(&args.lazy))?;
+    let mounted = store.mount(image, &args.target, service.lazy_front())?;
     output::line(format_args!(
         "{} {} {}",
         mounted.target().display(),
@@ -223,14 +237,13 @@ pub(crate) fn run(
     overrides: &Overrides,
     runtime: &Runtime,
 ) -> anyhow::Result<i32> {
-    let options = options(service.images().store(), &args.lazy_options)?;
-    let front = front(&args.lazy_options);
+    let (options, front) = (service.lazy_options().clone(), service.lazy_front());
     if nacre_sys::userns::is_inside() {
         return run_alone(service, &args.image, options, front, overrides, runtime);
     }
     let station = Station::here(&options.directory)?;
     let request = MountRequest { target: None, seen: None, front, options, complete: false };
-    let mounted = ask_to_mount(global, service, &args.image, request, true)?;
+    let mounted = ask_to_mount(global, service.grant_lazy(&args.image)?, request, true)?;
     let (manifest, config) = (mounted.manifest.parse()?, serde_json::from_value(mounted.config)?);
     let ran = run_mounted(service, &manifest, &mounted.target, &config, overrides, runtime);
     // Whatever the container left running holds the mount; its bundle has gone. The daemon would see our end as well.

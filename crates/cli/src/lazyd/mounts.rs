@@ -308,6 +308,12 @@ impl Mounts {
 
     /// All mounts, as [`Shown`].
     pub(super) fn list(&self) -> anyhow::Result<Value> {
+        // What was unmounted a moment ago is not shown, unless it is in use.
+        self.look();
+        if lock(&self.entries).values().any(|entry| entry.leaving) {
+            thread::sleep(STEP);
+            self.look();
+        }
         let entries = lock(&self.entries);
         let shown: Vec<Shown> = entries.values().map(Entry::show).collect();
         Ok(serde_json::to_value(shown)?)

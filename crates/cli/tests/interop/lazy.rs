@@ -183,8 +183,6 @@ fn skopeo_copies_it_unharmed_and_runtimes_run_it() {
     let asked = scene.place.nacre("store", &["image", "inspect", "--json", &layout]).output().unwrap();
     let shown: Value = serde_json::from_slice(&asked.stdout).unwrap();
     assert_eq!(shown["config"], Value::Null, "the config is encrypted");
-    let pulled = scene.place.nacre("store", &["image", "pull", &layout]).args(PULL).output().unwrap();
-    assert!(said(&pulled).contains("nacre image mount"), "{}", said(&pulled));
 }
 
 #[test]

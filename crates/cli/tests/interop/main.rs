@@ -7,5 +7,6 @@ mod mounts;
 mod random;
 mod registry;
 mod runtimes;
+mod stored;
 mod support;
 mod trees;

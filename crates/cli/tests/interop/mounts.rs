@@ -36,7 +36,7 @@ impl Scene {
     }
 
     /// The processes of the store's daemon with this command.
-    fn processes(&self, command: &str) -> Vec<i32> {
+    pub(crate) fn processes(&self, command: &str) -> Vec<i32> {
         processes(&self.place.at("store/lazy"), command)
     }
 
@@ -89,7 +89,7 @@ fn within<T>(what: &str, mut find: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn signal(signal: &str, process: i32) {
+pub(crate) fn signal(signal: &str, process: i32) {
     run(Command::new("kill").args([signal, &process.to_string()]));
 }
 
@@ -218,7 +218,7 @@ fn nobody_notices_that_the_daemon_is_killed_even_without_registry_and_key() {
 }
 
 /// Who listens at an address of the loopback device.
-fn registry_process(host: &str) -> i32 {
+pub(crate) fn registry_process(host: &str) -> i32 {
     let port = host.rsplit(':').next().unwrap();
     let said = run(Command::new("ss").args(["-Hltnp", &format!("sport = :{port}")])).stdout;
     let said = String::from_utf8(said).unwrap();

@@ -8,7 +8,7 @@
 //! 28  the image's key, 32 or none; released credentials or none; the manifest; the rest, JSON
 //! ```
 
-use std::{fs::File, io, os::unix::fs::FileExt as _};
+use std::{fs::File, io, os::unix::fs::FileExt as _, path::PathBuf};
 
 use nacre_core::{SecretArray, SecretBytes};
 use nacre_lazy::keys::MetadataKey;
@@ -40,6 +40,8 @@ pub struct Grant {
     pub origin: Origin,
     /// Credentials that a broker released.
     pub released: Option<SecretBytes>,
+    /// Its metadata blob, where it is here already.
+    pub metadata: Option<PathBuf>,
 }
 
 /// Why a file is no grant.
@@ -65,9 +67,23 @@ struct Rest {
     reference: String,
     media_type: String,
     origin: Origin,
+    metadata: Option<PathBuf>,
 }
 
 impl Grant {
+    /// With all that this process's environment and directory say written out, for a process of another.
+    ///
+    /// # Errors
+    /// A file or directory that the configuration names cannot be read.
+    pub fn settle(&mut self, variable: impl Fn(&str) -> Option<String>) -> io::Result<()> {
+        let connection = &mut self.origin.connection;
+        connection.client = std::mem::take(&mut connection.client).settled(variable)?;
+        for path in connection.auth_files.iter_mut().chain(&mut self.metadata) {
+            *path = std::path::absolute(&*path)?;
+        }
+        Ok(())
+    }
+
     /// As a file in memory.
     ///
     /// # Errors
@@ -77,6 +93,7 @@ impl Grant {
             reference: self.reference.clone(),
             media_type: self.manifest.media_type().to_owned(),
             origin: self.origin.clone(),
+            metadata: self.metadata.clone(),
         };
         let rest = Zeroizing::new(serde_json::to_vec(&rest)?);
         let key = self.key.as_ref().map_or(&[][..], |key| key.expose());
@@ -140,10 +157,10 @@ impl Grant {
             KEY => Some(MetadataKey::new(SecretArray::fill(|slot| slot.copy_from_slice(&key)))),
             _ => return Err(GrantError::Form("its key is none")),
         };
-        let Rest { reference, media_type, origin } = serde_json::from_slice(&rest)?;
+        let Rest { reference, media_type, origin, metadata } = serde_json::from_slice(&rest)?;
         let released = (!released.is_empty()).then(|| SecretBytes::new(std::mem::take(&mut *released)));
         let manifest = RawManifest::new(std::mem::take(&mut *manifest), Some(&media_type))?;
-        Ok(Self { reference, manifest, key, origin, released })
+        Ok(Self { reference, manifest, key, origin, released, metadata })
     }
 }
 
@@ -176,6 +193,7 @@ mod tests {
             key: Some(MetadataKey::new(SecretArray::fill(|slot| slot.fill(7)))),
             origin,
             released: Some(SecretBytes::new(b"{}".to_vec())),
+            metadata: Some("/m".into()),
         }
     }
 
@@ -187,7 +205,7 @@ mod tests {
         assert_eq!((there.origin, there.released.unwrap().expose()), (grant().origin, &b"{}"[..]));
         let plain = Grant { key: None, released: None, ..grant() };
         let there = Grant::from_file(&plain.to_file().unwrap()).unwrap();
-        assert!(there.key.is_none() && there.released.is_none());
+        assert!(there.key.is_none() && there.released.is_none() && there.metadata == plain.metadata);
     }
 
     #[test]

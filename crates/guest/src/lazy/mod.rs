@@ -15,6 +15,7 @@
 //!
 //! A mount can go from one process to another, also from one that was killed: [`Grant`] says what the image is, [`Kept`] what is mounted.
 
+mod alone;
 mod device;
 mod grant;
 mod mount;
@@ -51,6 +52,7 @@ use nacre_sys::{erofs as mounts, fuse::FuseError};
 use serde::{Deserialize, Serialize};
 
 use crate::images::{Images, PullError};
+pub use alone::{Mounter, OwnMounts};
 pub use grant::{Grant, GrantError, wipe};
 pub use mount::{Kept, KeptRecord, LazyMount, SUBTYPE, Served};
 pub use origin::{Clients, Connection, Origin};
@@ -82,6 +84,7 @@ pub struct LazyOptions {
 pub enum Front {
     /// EROFS where the kernel can, or else FUSE.
     #[default]
+    #[serde(rename = "auto")]
     Best,
     /// EROFS over a data device, or an error.
     Erofs,
@@ -155,6 +158,8 @@ pub struct LazyImage {
     pub admission: Option<Admission>,
     /// What to run, as whom.
     pub config: ImageConfig,
+    /// The same as the image has it.
+    pub config_bytes: Vec<u8>,
     /// Its data device.
     pub reader: Arc<Reader>,
     /// Its directory below `mounts`, which goes with this.
@@ -170,6 +175,11 @@ impl LazyImage {
         let path = self.place.root();
         fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
         Ok(path)
+    }
+
+    /// Its metadata blob, as it came, where it was opened by a [`Grant`]: it goes with this.
+    pub fn metadata_blob(&self) -> PathBuf {
+        self.place.blob()
     }
 
     /// Bytes of the image's data blobs, and how many of them the cache has: counted by the blocks of its files, without reading them.
@@ -239,11 +249,11 @@ impl LazyStore {
         let mut place = Place::new(&self.mounts())?;
         let mut metadata = fetched(&*source, &artifact, &place)?;
         let blobs = Arc::new(ImageBlobs::new(source, &artifact));
-        let (config, reader) =
-            self.read(&artifact, key.as_ref(), &mut place.erofs, Bytes { metadata: &mut metadata, blobs })?;
+        let bytes = Bytes { metadata: &mut metadata, blobs };
+        let (config, config_bytes, reader) = self.read(&artifact, key.as_ref(), &mut place.erofs, bytes)?;
         check(&place, &reader)?;
         let manifest = *admission.manifest();
-        Ok(LazyImage { manifest, admission: Some(admission), config, reader, place })
+        Ok(LazyImage { manifest, admission: Some(admission), config, config_bytes, reader, place })
     }
 
     /// Opens the image of a grant. All that is needed to go on with it, in another process and without its source, stays in its place.
@@ -254,15 +264,23 @@ impl LazyStore {
         let artifact = Artifact::parse(&Manifest::parse(&grant.manifest)?)?;
         let blobs = late(grant, clients, &artifact);
         let mut place = Place::new(&self.mounts())?;
-        let source = blobs.source().map_err(PullError::Transport)?;
-        let stream = fetched(&*source, &artifact, &place)?;
+        let stream: Box<dyn Read + Send> = match grant.metadata.as_ref().map(File::open) {
+            Some(Ok(stored)) => Box::new(stored),
+            other => {
+                if let Some(Err(error)) = other {
+                    tracing::warn!("the metadata of {} is fetched again: {error}", grant.reference);
+                }
+                fetched(&*blobs.source().map_err(PullError::Transport)?, &artifact, &place)?
+            }
+        };
         let path = place.blob();
         let copy = File::create_new(&path).map_err(io_error("make the file", &path))?;
         let mut metadata = Copying { stream, copy };
         let bytes = Bytes { metadata: &mut metadata, blobs: Arc::new(blobs) };
-        let (config, reader) = self.read(&artifact, grant.key.as_ref(), &mut place.erofs, bytes)?;
+        let (config, config_bytes, reader) = self.read(&artifact, grant.key.as_ref(), &mut place.erofs, bytes)?;
         check(&place, &reader)?;
-        Ok(LazyImage { manifest: *grant.manifest.digest(), admission: None, config, reader, place })
+        let manifest = *grant.manifest.digest();
+        Ok(LazyImage { manifest, admission: None, config, config_bytes, reader, place })
     }
 
     /// Goes on with a mount of another process that does not serve it any more. Neither the image's source nor a broker is asked.
@@ -282,7 +300,7 @@ impl LazyStore {
             let bytes = Bytes { metadata: &mut blob, blobs: Arc::new(late(grant, clients, &artifact)) };
             self.read(&artifact, grant.key.as_ref(), &mut nowhere, bytes)
         })();
-        let (config, reader) = match resumed {
+        let (config, config_bytes, reader) = match resumed {
             Ok(resumed) => resumed,
             Err(error) => {
                 // It can be tried again.
@@ -290,7 +308,8 @@ impl LazyStore {
                 return Err(error);
             }
         };
-        let image = LazyImage { manifest: *grant.manifest.digest(), admission: None, config, reader, place };
+        let manifest = *grant.manifest.digest();
+        let image = LazyImage { manifest, admission: None, config, config_bytes, reader, place };
         kept.record.target = std::path::absolute(&kept.record.target).map_err(io_error("find", &path))?;
         LazyMount::resume(image, kept)
     }
@@ -328,12 +347,14 @@ impl LazyStore {
         key: Option<&MetadataKey>,
         erofs: &mut File,
         bytes: Bytes<'_>,
-    ) -> Result<(ImageConfig, Arc<Reader>), LazyError> {
-        let metadata = Metadata::read(bytes.metadata, &artifact.metadata.digest, key, erofs)?;
+    ) -> Result<(ImageConfig, Vec<u8>, Arc<Reader>), LazyError> {
+        let mut metadata = Metadata::read(bytes.metadata, &artifact.metadata.digest, key, erofs)?;
         metadata.check_blobs(&artifact.blobs())?;
         let config = ImageConfig::of_verified(&metadata.config)?;
+        let config_bytes = std::mem::take(&mut metadata.config);
         let (table, summary, blobs) = Table::new(metadata, artifact.table_blob());
-        Ok((config, Arc::new(Reader::new(Arc::clone(&self.shared), bytes.blobs, table, summary, blobs))))
+        let reader = Reader::new(Arc::clone(&self.shared), bytes.blobs, table, summary, blobs);
+        Ok((config, config_bytes, Arc::new(reader)))
     }
 }
 
