@@ -251,7 +251,16 @@ pub(crate) enum ImageCommand {
     Copy(CopyArgs),
     /// Mount a lazy image, which is read from its registry as it is used
     Mount(Box<lazy::MountArgs>),
-    /// List the images of the store
+    /// Fetch all of a mounted lazy image, so that the registry may go away; returns when it is there
+    Complete {
+        /// The mount point, or the image as it was named when it was mounted
+        #[arg(value_name = "DIR|REF")]
+        what: String,
+    },
+    /// The daemon that serves lazy images
+    #[command(subcommand)]
+    Daemon(lazy::DaemonCommand),
+    /// List the images of the store, and the lazy images that are mounted
     Ls {
         /// Print JSON
         #[arg(long)]

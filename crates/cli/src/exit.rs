@@ -63,6 +63,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PullError::Manifest(error) => class(error),
             PullError::Trust(error) => class(error),
             PullError::Stack { .. } | PullError::IndexDepth { .. } => Some(Exit::NotTrusted),
+            PullError::LazyKey(error) => class(error),
             PullError::Reference(_) | PullError::Lazy(_) => Some(Exit::Usage),
             PullError::TooManyLayers { .. } => None,
         };
@@ -70,17 +71,22 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = error.downcast_ref::<LazyError>() {
         return match error {
             LazyError::Pull(error) => class(error),
-            LazyError::Artifact(ArtifactError::Key(error)) => class(error),
-            LazyError::Artifact(ArtifactError::Kind { .. }) => Some(Exit::Usage),
+            LazyError::Artifact(error) => class(error),
             LazyError::Open(OpenError::Local(_)) | LazyError::Io { .. } | LazyError::Fuse(_) | LazyError::Erofs(_) => {
                 Some(Exit::Io)
             }
             LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Some(Exit::Io),
-            LazyError::Artifact(_)
-            | LazyError::Open(_)
-            | LazyError::Check(_)
-            | LazyError::Device { .. }
-            | LazyError::Config(_) => Some(Exit::NotTrusted),
+            LazyError::Grant(_) => None,
+            LazyError::Open(_) | LazyError::Check(_) | LazyError::Device { .. } | LazyError::Config(_) => {
+                Some(Exit::NotTrusted)
+            }
+        };
+    }
+    if let Some(error) = error.downcast_ref::<ArtifactError>() {
+        return match error {
+            ArtifactError::Key(error) => class(error),
+            ArtifactError::Kind { .. } => Some(Exit::Usage),
+            _ => Some(Exit::NotTrusted),
         };
     }
     if let Some(error) = error.downcast_ref::<LayerError>() {

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use nacre_core::Progress;
 use nacre_guest::{
     config::{BrokerConfig, Config, TrustConfig},
+    lazy::Front,
     service::ImageService,
     store::{Marks, Store},
 };
@@ -16,7 +17,10 @@ use nacre_oci::registry::RegistriesConf;
 use nacre_sys::privilege::Privilege;
 
 use crate::{
-    args::{BrokerArgs, Global, KeyArgs, RegistryArgs, TrustArgs},
+    args::{
+        BrokerArgs, Global, KeyArgs, RegistryArgs, TrustArgs,
+        lazy::{Front as FrontArg, LazyArgs},
+    },
     progress::{self, Verbosity},
 };
 
@@ -126,6 +130,23 @@ impl Setup {
     /// Adds what the flags say of keys.
     pub(crate) fn with_keys(mut self, args: &KeyArgs) -> Self {
         self.config.decryption_keys.extend(args.decryption_key.iter().cloned());
+        self
+    }
+
+    /// Adds what the flags say of lazy images.
+    pub(crate) fn with_lazy(mut self, args: &LazyArgs) -> Self {
+        let lazy = &mut self.config.lazy;
+        if args.cache.is_some() {
+            lazy.cache.clone_from(&args.cache);
+        }
+        lazy.cache_limit = args.cache_limit.map_or(lazy.cache_limit, |limit| limit.0);
+        lazy.patience = args.patience.unwrap_or(lazy.patience);
+        lazy.front = match args.front {
+            Some(FrontArg::Auto) => Front::Best,
+            Some(FrontArg::Erofs) => Front::Erofs,
+            Some(FrontArg::Fuse) => Front::Fuse,
+            None => lazy.front,
+        };
         self
     }
 

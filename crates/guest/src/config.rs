@@ -11,6 +11,8 @@ use nacre_oci::{
 };
 use serde::Deserialize;
 
+use crate::lazy::{CACHE_LIMIT, Front, PATIENCE};
+
 /// The entry of the init data that holds a guest's configuration.
 pub const INIT_DATA_ENTRY: &str = "nacre.toml";
 /// The most bytes of a configuration file.
@@ -30,6 +32,8 @@ pub struct Config {
     pub trust: TrustConfig,
     /// Pulling and unpacking.
     pub image: ImageConfig,
+    /// Lazy images.
+    pub lazy: LazyConfig,
     /// How registries are talked to.
     pub registry: ClientConfig,
     /// Where the registry's credentials and names are configured.
@@ -76,6 +80,26 @@ pub struct ImageConfig {
 impl Default for ImageConfig {
     fn default() -> Self {
         Self { parallel_layers: 4, platform: None, devices: DevicePolicy::default(), limits: Limits::default() }
+    }
+}
+
+/// How lazy images are read.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LazyConfig {
+    /// For the ciphertext that was read; it may be shared and is not trusted. Default: `lazy/chunks` in the store.
+    pub cache: Option<PathBuf>,
+    /// The most bytes that are kept there.
+    pub cache_limit: u64,
+    /// How many seconds a read waits for a source that fails.
+    pub patience: u64,
+    /// How images become filesystems.
+    pub front: Front,
+}
+
+impl Default for LazyConfig {
+    fn default() -> Self {
+        Self { cache: None, cache_limit: CACHE_LIMIT, patience: PATIENCE.as_secs(), front: Front::Best }
     }
 }
 

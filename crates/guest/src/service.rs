@@ -1,5 +1,7 @@
 //! A guest by its configuration: store, trust, keys and registries, brought together for the programs that serve it.
 
+mod lazy;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -30,7 +32,7 @@ use crate::{
     bundle::{self, ComposeError, Overrides, Plan, UpperDir},
     config::{BrokerConfig, Config},
     images::{Images, PullError, PullOptions, PulledImage, Trust},
-    lazy::{LazyError, LazyImage, LazyMount, LazyStore},
+    lazy::{Clients, Connection, LazyError, Mounter, OwnMounts},
     store::{BundleRecord, LayerGuard, LayerId, Marks, OwnBundle, Store, StoreError},
 };
 
@@ -95,6 +97,9 @@ pub enum ServiceError {
     /// The lazy image was not opened or mounted.
     #[error(transparent)]
     Lazy(#[from] LazyError),
+    /// Whoever mounts lazy images did not.
+    #[error("{0}")]
+    Mount(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The bundle was not made.
     #[error(transparent)]
     Compose(#[from] ComposeError),
@@ -104,6 +109,15 @@ pub enum ServiceError {
 pub struct ImageService {
     images: Images,
     client: Client,
+    /// How `client` speaks to registries, for other processes.
+    connection: Connection,
+    /// Credentials that the broker released.
+    released: Option<SecretBytes>,
+    /// Where lazy images are opened.
+    own: Arc<OwnMounts>,
+    /// Who mounts them.
+    mounter: Arc<dyn Mounter>,
+    clients: Arc<Clients>,
     broker: Option<Arc<BrokerClient>>,
     keys: Arc<dyn KeySource>,
 }
@@ -131,15 +145,31 @@ impl ImageService {
         let policy = policy(config, init_data.as_ref(), &*keys)?;
         let trust = Trust { policy, rules: config.trust.admission, lookaside, keys: keys.clone(), clock };
         let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(keys.clone());
-        let credentials = match config.registries.credentials.as_deref() {
-            Some(uri) if uri.starts_with("kbs") => CredentialStore::from_bytes(uri, &keys.fetch(&uri.parse()?)?)?,
-            path => CredentialStore::system(path.map(Path::new))?,
+        let (credentials, released) = match config.registries.credentials.as_deref() {
+            Some(uri) if uri.starts_with("kbs") => {
+                let released = keys.fetch(&uri.parse()?)?;
+                (CredentialStore::from_bytes(uri, &released)?, Some(released))
+            }
+            path => (CredentialStore::system(path.map(Path::new))?, None),
         };
-        let conf = RegistriesConf::system(config.registries.conf.as_deref())?;
-        let client = Client::new(config.registry.clone(), conf, credentials, progress.clone())?;
+        let registries = RegistriesConf::system(config.registries.conf.as_deref())?;
+        let auth_files = if released.is_none() { credentials.files() } else { Vec::new() };
+        let connection = Connection { client: config.registry.clone(), registries, auth_files };
+        let (client, registries) = (connection.client.clone(), connection.registries.clone());
+        let client = Client::new(client, registries, credentials, progress.clone())?;
         let options = pull_options(config, store.marks())?;
+        let clients = Arc::<Clients>::default();
+        let own = OwnMounts::new(lazy::options(&store, &config.lazy)?, config.lazy.front, clients.clone());
+        let own = Arc::new(own);
         let images = Images::new(store, trust, keyring, options, progress);
-        Ok(Self { images, client, broker, keys })
+        Ok(Self { images, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
+    }
+
+    /// Has somebody else mount lazy images; without one, this process does, and its mounts end with it.
+    #[must_use]
+    pub fn with_mounter(mut self, mounter: Arc<dyn Mounter>) -> Self {
+        self.mounter = mounter;
+        self
     }
 
     /// Pulling, and the store.
@@ -201,38 +231,17 @@ impl ImageService {
         Err(ServiceError::Config(format!("'{text}' has no registry to search")))
     }
 
-    /// Pulls an image.
+    /// Pulls an image. Of a lazy one, what is fetched is its metadata; the rest comes when it is read.
     ///
     /// # Errors
     /// [`ServiceError`]
     pub fn pull(&self, text: &str) -> Result<PulledImage, ServiceError> {
-        self.with_source(text, |source| self.images.pull(source))
-    }
-
-    /// Opens a lazy image: the first of a name's locations that has one.
-    ///
-    /// # Errors
-    /// [`ServiceError`]
-    pub fn open_lazy(&self, store: &LazyStore, text: &str) -> Result<LazyImage, ServiceError> {
-        let locations = self.locations(text)?;
-        let last = locations.len().saturating_sub(1);
-        for (position, location) in locations.iter().enumerate() {
-            match store.image(&self.images, Arc::from(self.source(location)?)) {
-                Err(LazyError::Pull(PullError::Transport(error))) if error.is_not_found() && position < last => {}
-                result => return Ok(result?),
+        match self.with_source(text, |source| self.images.pull(source)) {
+            Err(ServiceError::Pull(PullError::Lazy(_))) => {
+                self.at_first(text, |location| self.pull_lazy(text, location))
             }
+            pulled => pulled,
         }
-        Err(ServiceError::Config(format!("'{text}' has no registry to search")))
-    }
-
-    /// Makes a bundle of a mounted lazy image in the store's own directory, as [`mount_own_bundle`](Self::mount_own_bundle) does.
-    ///
-    /// # Errors
-    /// [`ServiceError`]; then nothing of it is left.
-    pub fn mount_lazy_bundle(&self, mount: &LazyMount, overrides: &Overrides) -> Result<OwnBundle, ServiceError> {
-        let own = self.images.store().add_own_bundle(mount.image.manifest, Vec::new(), None)?;
-        self.compose(own.record(), &[mount.target().to_owned()], &mount.image.config, overrides)?;
-        Ok(own)
     }
 
     /// Makes a bundle of a pulled image: rootfs, mounted, and config.json. It lasts until [`unmount_bundle`](Self::unmount_bundle).
@@ -264,7 +273,14 @@ impl ImageService {
     }
 
     fn mount(&self, pulled: &PulledImage, record: &BundleRecord, overrides: &Overrides) -> Result<(), ServiceError> {
-        let layers: Vec<PathBuf> = pulled.layers.iter().map(|layer| layer.path().to_owned()).collect();
+        let layers: Vec<PathBuf> = match &pulled.lazy {
+            Some(access) => vec![self.mount_lower(access, record).inspect_err(|_| {
+                if let Err(error) = self.images.store().remove_bundle(&record.id) {
+                    tracing::warn!("{error}");
+                }
+            })?],
+            None => pulled.layers.iter().map(|layer| layer.path().to_owned()).collect(),
+        };
         self.compose(record, &layers, &pulled.image.config, overrides)
     }
 

@@ -27,9 +27,18 @@ fn every_key_is_in_the_example() {
     let text = everything();
     Config::parse(text.as_bytes(), "nacre.toml").unwrap();
     let example: toml::Table = toml::from_str(&text).unwrap();
-    for table in
-        ["", "trust", "trust.admission", "image", "image.limits", "registries", "registry", "registry.proxy", "broker"]
-    {
+    for table in [
+        "",
+        "trust",
+        "trust.admission",
+        "image",
+        "image.limits",
+        "lazy",
+        "registries",
+        "registry",
+        "registry.proxy",
+        "broker",
+    ] {
         let head = if table.is_empty() { String::new() } else { format!("[{table}]\n") };
         // The refusal of an unknown key names all those that there are.
         let error = Config::parse(format!("{head}no-such-key = 1\n").as_bytes(), "x").unwrap_err().to_string();

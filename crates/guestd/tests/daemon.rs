@@ -7,7 +7,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use nacre_guest::{
     images::{Images, PullOptions, Trust},
     store::{Marks, Store},
 };
+use nacre_lazy::build::LazyRemake;
 use nacre_oci::{
     copy::{self, CopyOptions, EncryptLayers, Source},
     crypt::{Keyring, Recipients, provider::Providers},
@@ -31,12 +32,14 @@ use nacre_oci::{
     source::ImageSource as _,
     transport::{open_sink, open_source},
     trust::{AdmissionRules, LookasideConfig, Policy},
+    unpack::Limits,
 };
 use nacre_registry::Registry;
 use nacre_testkit::{Compression, Entry, Image, Layer, require, root, run, tiny_rootfs};
 use serde_json::json;
 
 const KEY: &str = "kbs:///default/image-key/app";
+const LAZY_KEY: &str = "kbs:///default/image-key/lazy";
 const MESSAGE: &str = "only the guest reads this\n";
 
 /// A broker, a registry with an encrypted image, and a daemon.
@@ -130,6 +133,31 @@ impl Scene {
         copy::copy(&Source::without_policy(&*source).unwrap(), &*sink, &options).unwrap();
     }
 
+    /// The same image as a lazy one.
+    fn ship_lazy(&self, name: &str) {
+        let key = SecretArray::<32>::random();
+        let uri: ResourceUri = LAZY_KEY.parse().unwrap();
+        self.broker.put_resource(uri.path(), key.expose()).unwrap();
+        let mut recipients = Recipients::new();
+        recipients.add_broker_key(uri, key);
+        let from = Location::OciDir { path: self.at("layout"), name: Some("v1".into()) };
+        let source = open_source(&from, &self.client).unwrap();
+        let sink = open_sink(&Location::Docker(name.parse().unwrap()), &self.client).unwrap();
+        let (layers, threads) = (EncryptLayers::All, 2);
+        let remake = LazyRemake {
+            domain: None,
+            level: 3,
+            chunk: 64 << 10,
+            threads,
+            limits: Limits::default(),
+            shared: Vec::new(),
+            reports: Mutex::default(),
+        };
+        let options =
+            CopyOptions { encrypt: Some((&recipients, &layers)), remake: Some(&remake), ..CopyOptions::default() };
+        copy::copy(&Source::without_policy(&*source).unwrap(), &*sink, &options).unwrap();
+    }
+
     /// Writes init data and a platform key, and tells the broker to expect the daemon with them.
     fn measure(&self, url: &str) {
         let config = toml::toml_of(&[
@@ -217,6 +245,39 @@ mod toml {
         }
         text
     }
+}
+
+#[test]
+fn lazy_images_are_mounted_by_the_daemon_itself() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    let name = format!("{}/t/lazy:1", scene.registry.host());
+    scene.ship_lazy(&name);
+    let daemon = scene.start();
+    let bundle = scene.at("bundle");
+    let path = bundle.display().to_string();
+    let pull = |daemon: &Daemon| daemon.call("api.ImagePullService/PullImage", &[name.as_bytes(), path.as_bytes()]);
+    assert!(pull(&daemon).unwrap().starts_with(b"sha256:"));
+    assert_eq!(fs::read_to_string(bundle.join("rootfs/message")).unwrap(), MESSAGE);
+    let released = scene.broker.audit(0, 1000).unwrap();
+    assert!(released.iter().any(|entry| entry.event == "released"), "the key is the broker's");
+    if let Some(runc) = require("runc") {
+        let mut command = Command::new(runc);
+        command.arg("--root").arg(scene.at("runc")).args(["run", "--bundle", &path, "nacre-lazy-test"]);
+        assert_eq!(String::from_utf8(run(command.stdin(Stdio::null())).stdout).unwrap(), MESSAGE);
+    }
+    let unmount = || {
+        let store = Store::open(&scene.at("store"), Marks::Trusted, true).unwrap();
+        nacre_guest::service::ImageService::unmount_bundle(&store, &bundle).unwrap();
+    };
+    unmount();
+    pull(&daemon).unwrap();
+    unmount();
+    daemon.end();
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(scene.dir.path().to_str().unwrap()), "{mounts}");
 }
 
 #[test]

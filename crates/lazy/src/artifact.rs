@@ -3,7 +3,7 @@
 use std::{
     fmt,
     fs::File,
-    io::{self, Read, Seek as _},
+    io::{self, Read, Seek as _, Write as _},
     sync::Arc,
 };
 
@@ -177,8 +177,8 @@ impl Blobs for ImageBlobs {
     }
 }
 
-/// Fetches an image's metadata and verifies all of it; its EROFS image goes to a file, which is empty. Where one place gives something
-/// else than what the manifest names, the next one is asked.
+/// Fetches an image's metadata and verifies all of it; its EROFS image goes to a file, and the blob as it came to another, both empty. Where
+/// one place gives something else than what the manifest names, the next one is asked.
 ///
 /// # Errors
 /// [`OpenError`]: the last place's
@@ -187,6 +187,7 @@ pub fn read_metadata(
     artifact: &Artifact,
     key: Option<&MetadataKey>,
     erofs: &mut File,
+    mut copy: Option<&mut File>,
 ) -> Result<Metadata, OpenError> {
     let descriptor = &artifact.metadata;
     let mut attempt = 0;
@@ -198,14 +199,34 @@ pub fn read_metadata(
             Some(blob) => blob,
             None => &mut parts,
         };
-        match Metadata::read(stream, &descriptor.digest, key, erofs) {
+        match Metadata::read(&mut Copying { stream, copy: copy.as_deref_mut() }, &descriptor.digest, key, erofs) {
             Err(error) if attempt < METADATA_ATTEMPTS && !matches!(error, OpenError::Local(_)) => {
                 tracing::warn!("the metadata of {}: {error}; it is asked for again", source.location());
-                erofs.set_len(0).and_then(|()| erofs.rewind()).map_err(OpenError::Local)?;
+                for file in [Some(&mut *erofs), copy.as_deref_mut()].into_iter().flatten() {
+                    file.set_len(0).and_then(|()| file.rewind()).map_err(OpenError::Local)?;
+                }
                 attempt += 1;
             }
             read => return read,
         }
+    }
+}
+
+/// A stream that leaves a copy of what is read.
+pub struct Copying<'a> {
+    /// What is read.
+    pub stream: &'a mut dyn Read,
+    /// Where the copy goes.
+    pub copy: Option<&'a mut File>,
+}
+
+impl Read for Copying<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let length = self.stream.read(out)?;
+        if let Some(copy) = &mut self.copy {
+            copy.write_all(out.get(..length).unwrap_or_default())?;
+        }
+        Ok(length)
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::SystemTime,
 };
 
 use crate::{
@@ -56,6 +57,15 @@ pub enum ReadError {
     /// There is no memory.
     #[error("no memory to decompress: {0}")]
     Memory(String),
+}
+
+/// A read that failed, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Why.
+    pub reason: String,
+    /// When.
+    pub at: SystemTime,
 }
 
 /// A decoded chunk, and what it was decoded by: another image, or another entry, may name the same stored bytes, and get this only if it
@@ -149,7 +159,7 @@ pub struct Reader {
     /// Bytes that were read.
     pub read_bytes: AtomicU64,
     /// The last failure, for people.
-    failure: Mutex<Option<String>>,
+    failure: Mutex<Option<Failure>>,
 }
 
 /// A chunk and the part of an answer that it gives.
@@ -204,8 +214,8 @@ impl Reader {
         &self.blobs
     }
 
-    /// Why the last read that failed did.
-    pub fn failure(&self) -> Option<String> {
+    /// The last read that failed.
+    pub fn failure(&self) -> Option<Failure> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -221,7 +231,8 @@ impl Reader {
             }
             Err(error) => {
                 tracing::error!("reading bytes {offset} to {} of an image failed: {error}", offset + out.len() as u64);
-                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+                let failure = Failure { reason: error.to_string(), at: SystemTime::now() };
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
             }
         }
         outcome

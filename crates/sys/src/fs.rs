@@ -1,7 +1,9 @@
 //! What a path lies on, whether it is a mount point, unmounting, syncing.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
@@ -130,6 +132,47 @@ pub fn is_mount_point(path: &Path) -> Result<bool, FsError> {
     Ok(stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
+/// What is mounted somewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountEntry {
+    /// On which directory.
+    pub target: PathBuf,
+    /// The filesystem's type, as in `erofs` or `fuse.nacre`.
+    pub kind: String,
+    /// What it says it was made of.
+    pub source: PathBuf,
+}
+
+/// What this process sees mounted, in the order in which it was (`/proc/self/mountinfo`, proc(5)).
+///
+/// # Errors
+/// /proc is missing.
+pub fn mounts() -> io::Result<Vec<MountEntry>> {
+    let text = std::fs::read("/proc/self/mountinfo")?;
+    Ok(text.split(|byte| *byte == b'\n').filter_map(mount_entry).collect())
+}
+
+fn mount_entry(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let target = fields.nth(4)?;
+    fields.find(|field| *field == b"-")?;
+    let (kind, source) = (fields.next()?, fields.next()?);
+    let path = |field| PathBuf::from(OsString::from_vec(unescaped(field)));
+    Some(MountEntry { target: path(target), kind: String::from_utf8_lossy(kind).into(), source: path(source) })
+}
+
+/// The kernel writes what would end a field as `\` and three octal digits.
+fn unescaped(field: &[u8]) -> Vec<u8> {
+    let (mut bytes, mut rest) = (Vec::with_capacity(field.len()), field);
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.first_chunk::<3>().filter(|_| *first == b'\\');
+        let value = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(value.unwrap_or(*first));
+        rest = if value.is_some() { after.get(3..).unwrap_or_default() } else { after };
+    }
+    bytes
+}
+
 /// Takes what is mounted on `path` out of the tree. Processes that have files of it open keep them; nobody gets new ones.
 ///
 /// # Errors
@@ -163,6 +206,20 @@ mod tests {
         assert!(is_mount_point(Path::new("/proc")).unwrap());
         assert!(!is_mount_point(Path::new("/proc/version")).unwrap());
         assert!(!is_mount_point(Path::new("/proc/no such thing")).unwrap());
+    }
+
+    #[test]
+    fn mounts_are_told_whatever_their_names_are() {
+        let mounts = mounts().unwrap();
+        assert!(mounts.iter().any(|mount| mount.target == Path::new("/proc") && mount.kind == "proc"), "{mounts:?}");
+        let line = br"36 35 0:98 / /a\040b\134c rw,noatime shared:1 master:2 - fuse.nacre /store\012/x rw,user_id=0";
+        let entry = mount_entry(line).unwrap();
+        assert_eq!((entry.target.to_str(), entry.kind.as_str()), (Some(r"/a b\c"), "fuse.nacre"));
+        assert_eq!(entry.source, Path::new("/store\n/x"));
+        assert_eq!(unescaped(br"\9\04"), br"\9\04");
+        for broken in ["", "36 35 0:98 / /x rw", "36 35 0:98 / /x rw - erofs"] {
+            assert_eq!(mount_entry(broken.as_bytes()), None);
+        }
     }
 
     #[test]

@@ -2,16 +2,15 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{KeyArgs, RegistryArgs, TrustArgs};
 use crate::size::Size;
 
 /// How an image becomes a filesystem.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Front {
     /// EROFS where the kernel mounts it from files (Linux 6.12), or else FUSE
-    #[default]
     Auto,
     /// EROFS, or an error
     Erofs,
@@ -26,15 +25,15 @@ pub(crate) struct LazyArgs {
     /// Keep the ciphertext that was read in this directory, which may be shared and is not trusted [default: lazy/chunks in the store]
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
-    /// The most that is kept there
-    #[arg(long, value_name = "SIZE", default_value = "10G")]
-    pub(crate) cache_limit: Size,
-    /// How many seconds a read waits for a registry that does not answer, before it fails
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    pub(crate) patience: u64,
-    /// How the image becomes a filesystem
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) front: Front,
+    /// The most that is kept there [default: 10G]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cache_limit: Option<Size>,
+    /// How many seconds a read waits for a registry that does not answer, before it fails [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) patience: Option<u64>,
+    /// How the image becomes a filesystem [default: auto]
+    #[arg(long, value_enum)]
+    pub(crate) front: Option<Front>,
 }
 
 #[derive(Debug, Args)]
@@ -48,12 +47,9 @@ pub(crate) struct MountArgs {
     /// Fetch all of it while it is in use, so that the registry may go away
     #[arg(long)]
     pub(crate) complete: bool,
-    /// Serve it in this process, and not in the background
+    /// Serve it in this process, and not by the daemon that serves all others: it ends with this process
     #[arg(long)]
     pub(crate) foreground: bool,
-    /// Set for the process in the background
-    #[arg(long, hide = true, env = "NACRE_LAZY_DETACHED")]
-    pub(crate) detached: bool,
     #[command(flatten)]
     pub(crate) lazy: LazyArgs,
     #[command(flatten)]
@@ -62,6 +58,39 @@ pub(crate) struct MountArgs {
     pub(crate) keys: KeyArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
+}
+
+/// The daemon that serves the mounted images of a store.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DaemonCommand {
+    /// Have another process take over, which may be of a newer program; readers do not notice
+    Restart,
+    /// Hold what keeps mounts alive, and start the daemon
+    #[command(hide = true)]
+    Keep(KeepArgs),
+    /// Be the daemon
+    #[command(hide = true)]
+    Serve(ServeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeepArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub(crate) directory: PathBuf,
+    /// Take over from a keeper that died
+    #[arg(long)]
+    pub(crate) adopt: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub(crate) directory: PathBuf,
+    /// End when nothing was mounted for so many seconds
+    #[arg(long, default_value_t = 30)]
+    pub(crate) idle: u64,
 }
 
 /// How a lazy image is made.

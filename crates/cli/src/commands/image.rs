@@ -1,4 +1,4 @@
-//! `nacre image`: pull, ls, inspect, verify, rm, gc, umount.
+//! `nacre image`: pull, ls, inspect, verify, rm, gc, umount; the others are in modules of their own.
 
 use std::path::Path;
 
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::{Global, ImageCommand, InspectArgs, PullArgs, VerifyArgs},
+    lazyd::Shown,
     output,
     progress::size,
     setup::{self, Setup},
@@ -27,7 +28,9 @@ pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<i
     match command {
         ImageCommand::Pull(args) => pull(global, args),
         ImageCommand::Copy(args) => super::copy::copy(global, args),
-        ImageCommand::Mount(args) => return super::lazy::mount(global, args),
+        ImageCommand::Mount(args) => return super::mounts::mount(global, args),
+        ImageCommand::Complete { what } => super::mounts::complete(global, what),
+        ImageCommand::Daemon(command) => return super::mounts::daemon(global, command),
         ImageCommand::Ls { json } => list(global, *json),
         ImageCommand::Inspect(args) => inspect(global, args),
         ImageCommand::Verify(args) => verify(global, args),
@@ -45,6 +48,7 @@ fn pull(global: &Global, args: &PullArgs) -> anyhow::Result<()> {
     setup::privileged()?;
     let setup = Setup::new(global, args.json)?.with_keys(&args.keys);
     let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
+    let service = super::mounts::by_daemon(global, service, false);
     let pulled = service.pull(&args.image)?;
     if let Some(bundle) = &args.bundle {
         service.mount_bundle(&pulled, bundle, &overrides_of_bundle(&pulled))?;
@@ -67,6 +71,7 @@ fn pulled_json(name: &str, pulled: &PulledImage, bundle: Option<&Path>) -> Value
         "image": name,
         "manifest": pulled.image.manifest,
         "layers": pulled.image.layers,
+        "lazy": pulled.image.lazy,
         "fetched": pulled.fetched,
         "admission": admission_json(&pulled.admission),
         "bundle": bundle,
@@ -94,21 +99,72 @@ fn list(global: &Global, json: bool) -> anyhow::Result<()> {
     for name in store.names()? {
         images.extend(store.image(&name.manifest)?.map(|image| (name, image)));
     }
+    let mounts = super::mounts::shown(&store)?;
     if json {
-        let list: Vec<Value> = images.iter().map(|(name, image)| stored_json(&store, name, image)).collect();
-        return output::json(&list);
+        return output::json(&listed_json(&store, &images, &mounts)?);
     }
     let row = |(name, image): &(RefRecord, ImageRecord)| {
-        let bytes = layer_bytes(&store, image);
-        let layers = image.layers.len().to_string();
+        let bytes = image_bytes(&store, image);
+        let layers = if image.lazy.is_some() { "lazy".into() } else { image.layers.len().to_string() };
         vec![name.name.clone(), image.manifest.short(), layers, size(bytes), name.pulled.clone()]
     };
     let rows: Vec<Vec<String>> = images.iter().map(row).collect();
-    Ok(output::table(&["NAME", "MANIFEST", "LAYERS", "SIZE", "PULLED"], &rows)?)
+    output::table(&["NAME", "MANIFEST", "LAYERS", "SIZE", "PULLED"], &rows)?;
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    let row = |mount: &Shown| {
+        let failure = mount.failure.as_ref().map(|failure| format!("{} at {}", failure.reason, failure.at));
+        let local = format!("{} of {}", size(mount.local_bytes), size(mount.total_bytes));
+        let state = match mount {
+            Shown { leaving: true, .. } => "unmounted, in use",
+            Shown { complete: true, .. } => "complete",
+            Shown { completing: true, .. } => "completing",
+            _ => "",
+        };
+        let target = mount.target.display().to_string();
+        vec![target, mount.name.clone(), mount.front.clone(), local, state.into(), failure.unwrap_or_default()]
+    };
+    let rows: Vec<Vec<String>> = mounts.iter().map(row).collect();
+    output::line("")?;
+    Ok(output::table(&["MOUNT", "NAME", "FRONT", "LOCAL", "STATE", "LAST FAILURE"], &rows)?)
 }
 
-/// Bytes of file content of an image's layers. Layers that are shared count for each image.
-fn layer_bytes(store: &Store, image: &ImageRecord) -> u64 {
+/// Every image with its mounts; one that is mounted and was not pulled has no layers.
+fn listed_json(store: &Store, images: &[(RefRecord, ImageRecord)], mounts: &[Shown]) -> anyhow::Result<Vec<Value>> {
+    let of = |manifest: &str| mounts.iter().filter(|mount| mount.manifest == manifest).collect::<Vec<_>>();
+    let mut list = Vec::new();
+    for (name, image) in images {
+        let mut one = stored_json(store, name, image);
+        one["mounts"] = serde_json::to_value(of(&image.manifest.to_string()))?;
+        list.push(one);
+    }
+    let mut manifests: Vec<&str> = mounts.iter().map(|mount| mount.manifest.as_str()).collect();
+    manifests.sort_unstable();
+    manifests.dedup();
+    let stored = |manifest: &str| images.iter().any(|(_, image)| image.manifest.to_string() == manifest);
+    for manifest in manifests.into_iter().filter(|manifest| !stored(manifest)) {
+        let here = of(manifest);
+        list.push(json!({
+            "name": here.first().map(|mount| &mount.name),
+            "manifest": manifest,
+            "chain": [],
+            "bytes": 0,
+            "pulled": Value::Null,
+            "admitted": Value::Null,
+            "layers": [],
+            "lazy": Value::Null,
+            "mounts": here,
+        }));
+    }
+    Ok(list)
+}
+
+/// Bytes of an image's file content, in all layers; of a lazy one, wherever they are. Layers that are shared count for each image.
+fn image_bytes(store: &Store, image: &ImageRecord) -> u64 {
+    if let Some(lazy) = &image.lazy {
+        return lazy.content_bytes;
+    }
     let records = image.stack.iter().filter_map(|id| store.layer_record(id).ok().flatten());
     records.map(|record| record.applied.content_bytes).sum()
 }
@@ -118,10 +174,11 @@ fn stored_json(store: &Store, name: &RefRecord, image: &ImageRecord) -> Value {
         "name": name.name,
         "manifest": image.manifest,
         "chain": name.chain,
-        "bytes": layer_bytes(store, image),
+        "bytes": image_bytes(store, image),
         "pulled": name.pulled,
         "admitted": name.admitted,
         "layers": image.layers,
+        "lazy": image.lazy,
     })
 }
 
@@ -275,7 +332,7 @@ fn collect(global: &Global, json: bool) -> anyhow::Result<()> {
 
 fn unmount(global: &Global, bundle: &Path) -> anyhow::Result<()> {
     setup::privileged()?;
-    if super::lazy::unmount(bundle)? {
+    if super::mounts::unmount(bundle)? {
         return Ok(());
     }
     Ok(ImageService::unmount_bundle(&Setup::new(global, false)?.store()?, bundle)?)

@@ -7,6 +7,7 @@ pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod image;
 pub(crate) mod lazy;
+pub(crate) mod mounts;
 pub(crate) mod run;
 
 use nacre_guest::store::{RefRecord, Store, StoreError};

@@ -14,12 +14,13 @@ use crate::{
 /// Runs an image; gives the exit code of its process.
 pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     setup::privileged()?;
-    let setup = Setup::new(global, false)?.with_keys(&args.keys);
+    let setup = Setup::new(global, false)?.with_keys(&args.keys).with_lazy(&args.lazy_options);
     let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
+    let service = super::mounts::by_daemon(global, service, true);
     let runtime = Runtime::find(args.runtime.as_deref())?;
     let overrides = overrides(args);
     if args.lazy {
-        return super::lazy::run(&service, args, &overrides, &runtime);
+        return super::mounts::run(global, &service, args, &overrides, &runtime);
     }
     let pulled = if args.offline { open(&service, &args.image)? } else { service.pull(&args.image)? };
     run_pulled(&service, &pulled, &overrides, &runtime)

@@ -125,7 +125,7 @@ fn an_http_cache_serves_what_it_has_and_is_not_believed() {
         run(place.program(&openssl).args(arguments.split(' ')));
     }
     let mut random = Rng::new(1);
-    let file = |number: usize, random: &mut Rng| Entry::file(&format!("file{number}"), random.bytes(100_000));
+    let file = |number: usize, random: &mut Rng| Entry::file(format!("file{number}"), random.bytes(100_000));
     let image = Image::builder().layer((0..20).map(|number| file(number, &mut random)).collect::<Vec<_>>()).build();
     image.write_layout(&place.at("layout"), "v1");
     let name = format!("docker://{}/cached:v1", registry.host());

@@ -4,8 +4,10 @@
 
 mod caches;
 mod lazy;
+mod mounts;
 mod random;
 mod registry;
 mod runtimes;
+mod stored;
 mod support;
 mod trees;

@@ -297,3 +297,38 @@ fn a_disks_key_is_released_to_the_guest_that_is_expected() {
     // The resource is the key itself.
     run(&mut scene.place.nacre("unused", &["disk", "info", "--key-file", &scene.place.text("image.key"), "disk"]));
 }
+
+#[test]
+fn a_lazy_images_key_is_released_to_the_guest_that_is_expected() {
+    if !root() {
+        return;
+    }
+    let mut scene = Scene::new();
+    let key = scene.place.text("image.key");
+    let recipient = format!("provider:attestation-agent:keyid=kbs:///{}::keypath={key}::algorithm=A256GCM", Scene::KEY);
+    let image = format!("docker://{}/t/lazy:1", scene.registry.host());
+    let source = format!("oci:{}:v1", scene.place.text("layout"));
+    let copy = ["image", "copy", "--lazy", "--quiet", "--insecure-registry", "--encrypt", &recipient, &source, &image];
+    run(&mut scene.place.nacre("unused", &copy));
+    let (target, other) = (scene.place.at("mounted"), scene.place.at("other"));
+    fs::create_dir(&target).unwrap();
+    fs::create_dir(&other).unwrap();
+    let policy = ["--insecure-policy", "--insecure-registry"];
+    let mount = |scene: &Scene| scene.guest(&["image", "mount", &image]).args(policy).arg(&target).output().unwrap();
+    assert_refused(&mount(&scene), &["executables"]);
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+    scene.admin(&["reference", "set", "sim.measurement", &measurement_of_us()]);
+    let output = mount(&scene);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(fs::read_to_string(target.join("second")).unwrap(), "zstd\n");
+    let output = run(scene.guest(&["run", "--quiet", "--runtime", "builtin", &image]).args(policy));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "zstd\n");
+    // The broker is not asked again by what is mounted already, nor by the daemon's successor.
+    scene.served.child.kill().unwrap();
+    scene.served.child.wait().unwrap();
+    run(&mut scene.place.nacre("store", &["image", "daemon", "restart"]));
+    assert_eq!(fs::read_to_string(target.join("third")).unwrap(), "gzip\n");
+    let output = scene.guest(&["image", "mount", &image]).args(policy).arg(&other).output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "a new mount asks for the key: {}", said(&output));
+    run(scene.place.nacre("store", &["image", "umount"]).arg(&target));
+}

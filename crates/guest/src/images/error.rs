@@ -1,6 +1,7 @@
 //! Why an image was not pulled.
 
 use nacre_core::Digest;
+use nacre_lazy::artifact::ArtifactError;
 use nacre_oci::{
     crypt::CryptError, layer::LayerError, manifest::ManifestError, reference::ReferenceError, source::TransportError,
     trust::TrustError,
@@ -28,6 +29,9 @@ pub enum PullError {
         "{0} is a lazy image, which is not pulled: mount it with `nacre image mount`, or run it with `nacre run --lazy`"
     )]
     Lazy(String),
+    /// It is no lazy image after all, or its key is not to be had.
+    #[error(transparent)]
+    LazyKey(ArtifactError),
     /// Indexes of indexes of indexes.
     #[error("{image}: more than {depth} indexes lead to its manifest")]
     IndexDepth {

@@ -3,6 +3,7 @@
 mod committer;
 mod error;
 mod fetch;
+mod lazy;
 mod recorded;
 mod stack;
 
@@ -22,6 +23,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::store::{ImageRecord, LayerGuard, RefRecord, Store, StoreError, StoredLayer};
 pub use error::PullError;
+pub use lazy::{AdmittedLazy, LazyAccess};
 use recorded::Recorder;
 pub use recorded::Recording;
 
@@ -79,6 +81,8 @@ pub struct PulledImage {
     pub layers: Vec<LayerGuard>,
     /// How many of them were fetched by this call.
     pub fetched: usize,
+    /// What it takes to mount it, where it is a lazy image.
+    pub lazy: Option<LazyAccess>,
 }
 
 /// An image that was looked at.
@@ -167,6 +171,7 @@ impl Images {
             stack: stack.ids(),
             root: stack.root,
             config,
+            lazy: None,
         };
         let name = RefRecord {
             name: requested.to_string(),
@@ -178,7 +183,7 @@ impl Images {
             signatures: serde_json::to_value(recording).unwrap_or_default(),
         };
         self.store.put_image(&image, resolved.raw(), &config_bytes, &name)?;
-        Ok(PulledImage { image, admission, layers: stack.guards, fetched })
+        Ok(PulledImage { image, admission, layers: stack.guards, fetched, lazy: None })
     }
 
     /// Opens an image of the store as it is: the policy is evaluated on the signatures that were kept, and keys of encrypted layers must be
@@ -190,13 +195,17 @@ impl Images {
         let location: Location = name.name.parse().map_err(PullError::Reference)?;
         let (resolved, image) = self.stored(name)?;
         let (admission, _) = self.admit(&resolved, &location, Some(&recording_of(name)))?;
+        if image.lazy.is_some() {
+            let lazy = Some(self.lazy_access(location, resolved.raw().clone(), &resolved.manifest)?);
+            return Ok(PulledImage { image, admission, layers: Vec::new(), fetched: 0, lazy });
+        }
         self.plan(&resolved.manifest, &image.config)?;
         let mut layers: Vec<LayerGuard> = Vec::new();
         for id in &image.stack {
             let missing = || StoreError::NoLayer { id: *id, path: self.store.root().into() };
             layers.push(self.store.layer(id)?.ok_or_else(missing)?);
         }
-        Ok(PulledImage { image, admission, layers, fetched: 0 })
+        Ok(PulledImage { image, admission, layers, fetched: 0, lazy: None })
     }
 
     /// Looks at an image without pulling it, and without believing more of it than digests.
@@ -235,16 +244,6 @@ impl Images {
     /// The keys of encrypted images.
     pub fn keyring(&self) -> &Keyring {
         &self.keyring
-    }
-
-    /// The manifest of an image that is read where it is, and the proof that it may be.
-    ///
-    /// # Errors
-    /// [`PullError`]
-    pub fn admit_lazy(&self, source: &dyn ImageSource) -> Result<(Manifest, Admission), PullError> {
-        let resolved = self.resolve(source)?;
-        let (admission, _) = self.admit(&resolved, source.location(), source.signatures())?;
-        Ok((resolved.manifest, admission))
     }
 
     fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {

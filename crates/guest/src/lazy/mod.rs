@@ -3,65 +3,69 @@
 //! ```text
 //! DIR/chunks/           stored chunks, ciphertext: believed by nobody, and free to be shared or lost
 //! DIR/mounts/<id>/      metadata   the image's EROFS image, verified and checked
+//!                       blob       the metadata blob as it came, where another process may have to go on with the mount
 //!                       device/    FUSE: the data device
 //!                       root/      the image, where it is mounted for a container of our own
 //! ```
 //!
 //! The metadata is plaintext, and what the kernel mounts: `mounts` belongs on the pod's encrypted volume.
 //!
-//! Invariant: nothing is mounted of an image that was not admitted, and nothing that [`erofs::check()`] refuses.
+//! Invariant: nothing is mounted of an image that was not admitted, and nothing that [`erofs::check()`] refuses. Who mounts by a [`Grant`]
+//! believes its maker that the image was admitted, and so takes it only from who may mount as well.
+//!
+//! A mount can go from one process to another, also from one that was killed: [`Grant`] says what the image is, [`Kept`] what is mounted.
 
+mod alone;
 mod device;
+mod grant;
+mod mount;
+mod origin;
+mod place;
 mod tree;
 
 use std::{
     fs::{self, File},
     io,
-    num::NonZeroUsize,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use nacre_core::Digest;
+use nacre_core::{Digest, SecretBytes};
 use nacre_lazy::{
-    artifact::{Artifact, ArtifactError, ImageBlobs, read_metadata},
+    artifact::{Artifact, ArtifactError, Copying, ImageBlobs, read_metadata},
     cache::Cache,
-    erofs::{self, CheckError, Image},
+    erofs::{self, CheckError},
     fetch::Fetcher,
     format::BLOCK,
-    image::{OpenError, Table},
+    image::{Metadata, OpenError, Table},
     reader::{Reader, Shared},
+    source::Blobs,
 };
 use nacre_oci::{
-    manifest::{ImageConfig, ManifestError},
+    manifest::{ImageConfig, Manifest, ManifestError},
     source::ImageSource,
     trust::Admission,
 };
-use nacre_sys::{
-    erofs as mounts,
-    fuse::{FuseError, Options as FuseOptions, Session},
-};
-
-use rustix::{fs::FlockOperation, mount::UnmountFlags};
+use nacre_sys::{erofs as mounts, fuse::FuseError};
+use serde::{Deserialize, Serialize};
 
 use crate::images::{Images, PullError};
+pub use alone::{Mounter, OwnMounts};
+pub use grant::{Grant, GrantError, wipe};
+pub use mount::{Kept, KeptRecord, LazyMount, SUBTYPE, Served};
+pub use origin::{Clients, Connection, Origin};
+pub use place::clean;
+use place::{MOUNTS, Place};
 
 /// The default of [`LazyOptions::cache_limit`].
 pub const CACHE_LIMIT: u64 = 10 << 30;
 /// The default of [`LazyOptions::patience`].
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Names below the directory.
-const MOUNTS: &str = "mounts";
-const METADATA: &str = "metadata";
-const DEVICE: &str = "device";
-const ROOT: &str = "root";
-/// Reads that are answered at once; most wait for the network.
-const THREADS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
 
 /// Where lazy images keep what they need, and how long they wait.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LazyOptions {
     /// For metadata and mounts: trusted, and not in memory.
     pub directory: PathBuf,
@@ -71,15 +75,15 @@ pub struct LazyOptions {
     pub cache_limit: u64,
     /// How long a read waits for a source that fails, before it fails itself.
     pub patience: Duration,
-    /// How images are served.
-    pub front: Front,
 }
 
 /// How an image becomes a filesystem.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Front {
     /// EROFS where the kernel can, or else FUSE.
     #[default]
+    #[serde(rename = "auto")]
     Best,
     /// EROFS over a data device, or an error.
     Erofs,
@@ -110,9 +114,12 @@ pub enum LazyError {
         /// As the table says.
         table: u64,
     },
-    /// Its config is none.
+    /// Its config, or its manifest, is none.
     #[error("the config of the lazy image: {0}")]
     Config(#[from] ManifestError),
+    /// What another process handed over is not what it should be.
+    #[error(transparent)]
+    Grant(#[from] GrantError),
     /// A file or directory could not be used.
     #[error("{}: {what}: {source}", path.display())]
     Io {
@@ -146,57 +153,16 @@ pub struct LazyStore {
 pub struct LazyImage {
     /// The manifest's digest.
     pub manifest: Digest,
-    /// The proof that it was admitted.
-    pub admission: Admission,
+    /// The proof that it was admitted; `None` where whoever made the [`Grant`] has it.
+    pub admission: Option<Admission>,
     /// What to run, as whom.
     pub config: ImageConfig,
+    /// The same as the image has it.
+    pub config_bytes: Vec<u8>,
     /// Its data device.
     pub reader: Arc<Reader>,
     /// Its directory below `mounts`, which goes with this.
     place: Place,
-}
-
-/// A directory below `mounts` that goes when it is dropped. Whoever has it holds a lock of the metadata file, so that what killed
-/// processes left is told from what is in use.
-struct Place {
-    path: PathBuf,
-    erofs: File,
-}
-
-impl Place {
-    fn new(mounts: &Path) -> Result<Self, LazyError> {
-        let name = Digest::sha256(nacre_core::SecretArray::<16>::random().expose()).short();
-        let path = mounts.join(name);
-        fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
-        let metadata = path.join(METADATA);
-        let file = File::options().read(true).write(true).create_new(true).open(&metadata);
-        let place = Self { erofs: file.map_err(io_error("make the metadata file", &metadata))?, path };
-        let locked = rustix::fs::flock(&place.erofs, FlockOperation::NonBlockingLockExclusive);
-        // Another process that was cleaning up between the two steps has taken it away.
-        let gone = place.erofs.metadata().map_err(io_error("look at", &metadata))?.nlink() == 0;
-        match locked {
-            Ok(()) if !gone => Ok(place),
-            _ => Err(io_error("lock", &metadata)(io::Error::from(io::ErrorKind::ResourceBusy))),
-        }
-    }
-
-    fn metadata(&self) -> PathBuf {
-        self.path.join(METADATA)
-    }
-
-    fn device(&self) -> PathBuf {
-        self.path.join(DEVICE)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Never below a mount: what is mounted there is gone before, or stays.
-        let _ = fs::remove_dir(self.path.join(ROOT));
-        let _ = fs::remove_dir(self.device());
-        let _ = fs::remove_file(self.metadata());
-        let _ = fs::remove_dir(&self.path);
-    }
 }
 
 impl LazyImage {
@@ -205,10 +171,32 @@ impl LazyImage {
     /// # Errors
     /// [`LazyError::Io`]
     pub fn own_target(&self) -> Result<PathBuf, LazyError> {
-        let path = self.place.path.join(ROOT);
+        let path = self.place.root();
         fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
         Ok(path)
     }
+
+    /// Its metadata blob, as it came, where it was opened by a [`Grant`]: it goes with this.
+    pub fn metadata_blob(&self) -> PathBuf {
+        self.place.blob()
+    }
+
+    /// Bytes of the image's data blobs, and how many of them the cache has: counted by the blocks of its files, without reading them.
+    pub fn local(&self, shared: &Shared) -> Local {
+        let blobs = self.reader.blobs();
+        let held = |cache: &Cache| blobs.iter().map(|blob| cache.held(blob)).sum();
+        let total = blobs.iter().map(|blob| blob.size).sum();
+        Local { bytes: shared.fetcher.cache().map_or(0, held), total }
+    }
+}
+
+/// How much of an image is in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Local {
+    /// Stored bytes that are there.
+    pub bytes: u64,
+    /// Stored bytes that there are.
+    pub total: u64,
 }
 
 impl LazyStore {
@@ -221,7 +209,7 @@ impl LazyStore {
         fs::create_dir_all(&mounts).map_err(io_error("make the directory", &mounts))?;
         let only_us = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         fs::set_permissions(&mounts, only_us).map_err(io_error("change the mode", &mounts))?;
-        clean(&mounts).map_err(io_error("clean", &mounts))?;
+        clean(&options.directory)?;
         let cache = Cache::open(&options.cache, options.cache_limit)
             .map_err(io_error("open the cache of lazy images", &options.cache))?;
         let shared = Shared::new(Fetcher::new(Some(cache), options.patience));
@@ -231,6 +219,11 @@ impl LazyStore {
     /// Where metadata and mounts are.
     pub fn directory(&self) -> &Path {
         &self.options.directory
+    }
+
+    /// What it was opened with.
+    pub fn options(&self) -> &LazyOptions {
+        &self.options
     }
 
     /// The cache and its counters.
@@ -246,160 +239,130 @@ impl LazyStore {
         let (manifest, admission) = images.admit_lazy(&*source)?;
         let artifact = Artifact::parse(&manifest)?;
         let key = artifact.unwrap(images.keyring())?;
-        let mut place = Place::new(&self.options.directory.join(MOUNTS))?;
-        let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs)?;
-        metadata.check_blobs(&artifact.blobs())?;
-        let config = ImageConfig::of_verified(&metadata.config)?;
-        let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
-        let blocks = metadata.summary.device_bytes.get() / BLOCK;
-        if u64::from(checked.device_blocks) != blocks {
-            return Err(LazyError::Device { tree: checked.device_blocks.into(), table: blocks });
-        }
-        let (table, summary, blobs) = Table::new(metadata, artifact.table_blob());
-        let blobs_of = Arc::new(ImageBlobs::new(source, &artifact));
-        let reader = Arc::new(Reader::new(Arc::clone(&self.shared), blobs_of, table, summary, blobs));
+        let mut place = Place::new(&self.mounts())?;
+        let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs, None)?;
+        let blobs = Arc::new(ImageBlobs::new(source, &artifact));
+        let (config, config_bytes, reader) = self.read(&artifact, metadata, blobs)?;
+        check(&place, &reader)?;
         let manifest = *admission.manifest();
-        Ok(LazyImage { manifest, admission, config, reader, place })
+        Ok(LazyImage { manifest, admission: Some(admission), config, config_bytes, reader, place })
+    }
+
+    /// Opens the image of a grant. All that is needed to go on with it, in another process and without its source, stays in its place.
+    ///
+    /// # Errors
+    /// [`LazyError`]
+    pub fn granted(&self, grant: &Grant, clients: &Arc<Clients>) -> Result<LazyImage, LazyError> {
+        let artifact = Artifact::parse(&Manifest::parse(&grant.manifest)?)?;
+        let blobs = late(grant, clients, &artifact);
+        let mut place = Place::new(&self.mounts())?;
+        let path = place.blob();
+        let mut copy = File::create_new(&path).map_err(io_error("make the file", &path))?;
+        let (key, erofs) = (grant.key.as_ref(), &mut place.erofs);
+        let metadata = match grant.metadata.as_ref().map(File::open) {
+            Some(Ok(mut stored)) => {
+                let mut stream = Copying { stream: &mut stored, copy: Some(&mut copy) };
+                Metadata::read(&mut stream, &artifact.metadata.digest, key, erofs)?
+            }
+            other => {
+                if let Some(Err(error)) = other {
+                    tracing::warn!("the metadata of {} is fetched again: {error}", grant.reference);
+                }
+                let source = blobs.source().map_err(PullError::Transport)?;
+                read_metadata(&*source, &artifact, key, erofs, Some(&mut copy))?
+            }
+        };
+        let (config, config_bytes, reader) = self.read(&artifact, metadata, Arc::new(blobs))?;
+        check(&place, &reader)?;
+        let manifest = *grant.manifest.digest();
+        Ok(LazyImage { manifest, admission: None, config, config_bytes, reader, place })
+    }
+
+    /// Goes on with a mount of another process that does not serve it any more. Neither the image's source nor a broker is asked.
+    ///
+    /// # Errors
+    /// [`LazyError`]; who reads from the mount waits on, for as long as somebody has its descriptors.
+    pub fn resume(&self, grant: &Grant, clients: &Arc<Clients>, mut kept: Kept) -> Result<LazyMount, LazyError> {
+        let artifact = Artifact::parse(&Manifest::parse(&grant.manifest)?)?;
+        let metadata = kept.metadata.try_clone().map_err(io_error("duplicate", &kept.record.target))?;
+        let place = Place::adopt(&self.mounts(), &kept.record.place, File::from(metadata))?;
+        let path = place.blob();
+        let resumed = (|| {
+            let mut blob = File::open(&path).map_err(io_error("open", &path))?;
+            // The tree is there, and the kernel has it mounted.
+            let null = Path::new("/dev/null");
+            let mut nowhere = File::options().write(true).open(null).map_err(io_error("open", null))?;
+            let digest = &artifact.metadata.digest;
+            let metadata = Metadata::read(&mut blob, digest, grant.key.as_ref(), &mut nowhere)?;
+            self.read(&artifact, metadata, Arc::new(late(grant, clients, &artifact)))
+        })();
+        let (config, config_bytes, reader) = match resumed {
+            Ok(resumed) => resumed,
+            Err(error) => {
+                // It can be tried again.
+                place.leave();
+                return Err(error);
+            }
+        };
+        let manifest = *grant.manifest.digest();
+        let image = LazyImage { manifest, admission: None, config, config_bytes, reader, place };
+        kept.record.target = std::path::absolute(&kept.record.target).map_err(io_error("find", &path))?;
+        LazyMount::resume(image, kept)
     }
 
     /// Mounts an image on a directory, read-only.
     ///
     /// # Errors
     /// [`LazyError`]; nothing is mounted then.
-    pub fn mount(&self, image: LazyImage, target: &Path) -> Result<LazyMount, LazyError> {
-        let target = fs::canonicalize(target).map_err(io_error("find the mount point", target))?;
-        let erofs = || self.mount_erofs(&image, &target);
-        let session = match self.options.front {
-            Front::Erofs => erofs()?,
-            Front::Fuse => mount_tree(&image, &target)?,
-            Front::Best => match mounts::support(&image.place.path) {
-                Ok(()) => erofs()?,
-                Err(error) => {
-                    tracing::info!("{error}; the image is served by FUSE");
-                    mount_tree(&image, &target)?
-                }
-            },
-        };
-        Ok(LazyMount { image, target, session })
+    pub fn mount(&self, image: LazyImage, target: &Path, front: Front) -> Result<LazyMount, LazyError> {
+        LazyMount::new(image, target, front, &mut |_| Ok(()))
     }
 
-    fn mount_erofs(&self, image: &LazyImage, target: &Path) -> Result<Served, LazyError> {
-        let device = image.place.device();
-        fs::create_dir(&device).map_err(io_error("make the directory", &device))?;
-        let options = FuseOptions {
-            name: "nacre-lazy".into(),
-            subtype: "nacre".into(),
-            allow_other: false,
-            threads: THREADS,
-            ..FuseOptions::default()
-        };
-        let session = Session::mount(&device, &options, device::filesystem(Arc::clone(&image.reader)))?;
-        let file = device.join(device::NAME);
-        let devices: &[&Path] = &[&file];
-        mounts::mount(&image.place.metadata(), devices, target, &mounts::Options::default())?;
-        Ok(Served::Erofs(session))
-    }
-}
-
-/// Removes what killed processes left: their data devices, which nobody answers for, and the metadata. Their mounts stay, and give errors,
-/// until somebody unmounts them.
-fn clean(mounts: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(mounts)? {
-        let path = entry?.path();
-        let Ok(file) = File::open(path.join(METADATA)) else { continue };
-        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            continue;
-        }
-        for mounted in [ROOT, DEVICE] {
-            let _ = rustix::mount::unmount(path.join(mounted), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        }
-        tracing::info!("{}: what a killed process left is removed", path.display());
-        drop(Place { path, erofs: file });
-    }
-    Ok(())
-}
-
-fn mount_tree(image: &LazyImage, target: &Path) -> Result<Served, LazyError> {
-    let path = image.place.metadata();
-    let file = File::open(&path).map_err(io_error("open the metadata file", &path))?;
-    let tree = Image::open(file).map_err(|error| io_error("read the metadata file", &path)(io::Error::other(error)))?;
-    let options = FuseOptions { name: "nacre-lazy".into(), nosuid: false, threads: THREADS, ..FuseOptions::default() };
-    let filesystem = tree::TreeFs { reader: Arc::clone(&image.reader), image: tree };
-    Ok(Served::Fuse(Session::mount(target, &options, Arc::new(filesystem))?))
-}
-
-enum Served {
-    /// The session of the data device.
-    Erofs(Session),
-    /// The session of the tree itself.
-    Fuse(Session),
-}
-
-/// A mounted lazy image, served by threads of this process.
-pub struct LazyMount {
-    /// The image.
-    pub image: LazyImage,
-    target: PathBuf,
-    session: Served,
-}
-
-impl LazyMount {
-    /// Where it is mounted.
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
-    /// What serves it: `erofs` or `fuse`.
-    pub fn kind(&self) -> &'static str {
-        match self.session {
-            Served::Erofs(_) => "erofs",
-            Served::Fuse(_) => "fuse",
-        }
-    }
-
-    /// Whether it is still mounted; somebody else may have unmounted it.
-    pub fn is_mounted(&self) -> bool {
-        match &self.session {
-            Served::Erofs(session) => {
-                !session.is_ended() && nacre_sys::fs::is_mount_point(&self.target).unwrap_or(false)
-            }
-            Served::Fuse(session) => !session.is_ended(),
-        }
-    }
-
-    /// Unmounts it.
+    /// The same, with a keeper that is given what another process needs to go on, before anybody sees the mount.
     ///
     /// # Errors
-    /// It is in use; it then stays mounted and served, and comes back.
-    pub fn unmount(self) -> Result<(), (Box<Self>, LazyError)> {
-        if let Served::Erofs(_) = self.session
-            && self.is_mounted()
-            && let Err(error) = nacre_sys::fs::unmount(&self.target)
-        {
-            let path = self.target.clone();
-            let error = LazyError::Io { what: "unmount", path, source: io::Error::other(error) };
-            return Err((Box::new(self), error));
-        }
-        let Self { image, target, session } = self;
-        match session {
-            Served::Erofs(mut session) => {
-                // The kernel lets go of the data device a moment after the last reader.
-                if let Err(error) = session.unmount() {
-                    tracing::debug!("the data device is taken down when nobody reads it any more: {error}");
-                    let _ = session.detach();
-                }
-            }
-            Served::Fuse(mut session) => {
-                // Whoever unmounted it ended it, too.
-                if session.is_ended() {
-                    session.wait();
-                } else if let Err(error) = session.unmount() {
-                    let back = Self { image, target, session: Served::Fuse(session) };
-                    return Err((Box::new(back), error.into()));
-                }
-            }
-        }
-        drop(image);
-        Ok(())
+    /// [`LazyError`]; nothing is mounted then.
+    pub fn mount_kept(
+        &self,
+        image: LazyImage,
+        target: &Path,
+        front: Front,
+        keep: &mut dyn FnMut(Kept) -> io::Result<()>,
+    ) -> Result<LazyMount, LazyError> {
+        LazyMount::new(image, target, front, keep)
     }
+
+    fn mounts(&self) -> PathBuf {
+        self.options.directory.join(MOUNTS)
+    }
+
+    /// What verified metadata say.
+    fn read(
+        &self,
+        artifact: &Artifact,
+        mut metadata: Metadata,
+        blobs: Arc<dyn Blobs>,
+    ) -> Result<(ImageConfig, Vec<u8>, Arc<Reader>), LazyError> {
+        metadata.check_blobs(&artifact.blobs())?;
+        let config = ImageConfig::of_verified(&metadata.config)?;
+        let config_bytes = std::mem::take(&mut metadata.config);
+        let (table, summary, data) = Table::new(metadata, artifact.table_blob());
+        let reader = Reader::new(Arc::clone(&self.shared), blobs, table, summary, data);
+        Ok((config, config_bytes, Arc::new(reader)))
+    }
+}
+
+fn late(grant: &Grant, clients: &Arc<Clients>, artifact: &Artifact) -> origin::LateBlobs {
+    let released = grant.released.as_ref().map(|released| SecretBytes::new(released.expose().to_vec()));
+    origin::LateBlobs::new(grant.origin.clone(), released, Arc::clone(clients), artifact.clone())
+}
+
+/// Has the tree judged before the kernel sees it.
+fn check(place: &Place, reader: &Reader) -> Result<(), LazyError> {
+    let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
+    let blocks = reader.size() / BLOCK;
+    if u64::from(checked.device_blocks) == blocks {
+        return Ok(());
+    }
+    Err(LazyError::Device { tree: checked.device_blocks.into(), table: blocks })
 }

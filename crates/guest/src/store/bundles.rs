@@ -104,6 +104,11 @@ impl Store {
         self.path(&["bundles", id])
     }
 
+    /// Where a bundle's lazy image is mounted, if it has one.
+    pub fn bundle_lower(&self, id: &str) -> PathBuf {
+        self.bundle_dir(id).join("lower")
+    }
+
     /// The bundle at a directory.
     ///
     /// # Errors
@@ -138,6 +143,11 @@ impl Store {
     /// [`StoreError`]
     pub fn remove_bundle(&self, id: &str) -> Result<(), StoreError> {
         let dir = self.bundle_dir(id);
+        let lower = self.bundle_lower(id);
+        let unmounted = || -> Result<(), nacre_sys::fs::FsError> {
+            if nacre_sys::fs::is_mount_point(&lower)? { nacre_sys::fs::unmount(&lower) } else { Ok(()) }
+        };
+        unmounted().map_err(|error| io_error("unmount the lazy image on", &lower)(std::io::Error::other(error)))?;
         record::remove_tree(&dir.join("upper"))?;
         record::remove_tree(&dir.join("work"))?;
         // Its record goes with the directory, last.

@@ -183,6 +183,7 @@ mod tests {
             stack,
             root: None,
             config: ImageConfig::default(),
+            lazy: None,
         };
         let name = RefRecord {
             name: format!("docker://r.example/{name}:latest"),

@@ -1,6 +1,10 @@
 //! Images: which layers, under which names, and what spoke for them when they came.
 
-use std::path::PathBuf;
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
 
 use nacre_core::Digest;
 use nacre_oci::{
@@ -10,6 +14,9 @@ use nacre_oci::{
 use serde::{Deserialize, Serialize};
 
 use super::{LayerId, Lock, Store, StoreError, io_error, record};
+
+/// The name of a lazy image's metadata blob.
+const METADATA: &str = "metadata";
 
 /// A layer of a stored image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +48,18 @@ pub struct ImageRecord {
     pub root: Option<LayerId>,
     /// The image config.
     pub config: ImageConfig,
+    /// Of a lazy image, which has no layers and is mounted in place of a stack; `metadata` beside the record is its metadata blob.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lazy: Option<LazyRecord>,
+}
+
+/// Sizes of a lazy image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LazyRecord {
+    /// Bytes of file content.
+    pub content_bytes: u64,
+    /// Bytes of its data blobs.
+    pub stored_bytes: u64,
 }
 
 /// A name that was pulled.
@@ -74,9 +93,38 @@ impl Store {
         config: &[u8],
         name: &RefRecord,
     ) -> Result<(), StoreError> {
+        self.put(image, manifest, config, name, None)
+    }
+
+    /// The same of a lazy image, whose verified metadata blob lies at a path on the store's filesystem, and is moved from there.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn put_lazy_image(
+        &self,
+        image: &ImageRecord,
+        manifest: &RawManifest,
+        config: &[u8],
+        name: &RefRecord,
+        metadata: &Path,
+    ) -> Result<(), StoreError> {
+        self.put(image, manifest, config, name, Some(metadata))
+    }
+
+    fn put(
+        &self,
+        image: &ImageRecord,
+        manifest: &RawManifest,
+        config: &[u8],
+        name: &RefRecord,
+        metadata: Option<&Path>,
+    ) -> Result<(), StoreError> {
         let _lock = self.lock_names()?;
         let dir = self.image_dir(&image.manifest);
         super::make_dir(&dir, 0o700)?;
+        if let Some(metadata) = metadata {
+            move_durably(metadata, &dir.join(METADATA)).map_err(io_error("move the metadata to", &dir))?;
+        }
         if self.image(&image.manifest)?.as_ref() == Some(image) {
             // Whoever wrote it may have been killed before its name was synced.
             record::sync_dir(&dir).map_err(io_error("sync", dir))?;
@@ -111,6 +159,24 @@ impl Store {
     /// [`StoreError`]
     pub fn image_config(&self, manifest: &Digest) -> Result<Option<Vec<u8>>, StoreError> {
         record::read_bytes(&self.image_dir(manifest).join("config.json"))
+    }
+
+    /// The metadata blob of a stored lazy image; `None` where it is not there.
+    pub fn image_metadata(&self, manifest: &Digest) -> Option<PathBuf> {
+        Some(self.image_dir(manifest).join(METADATA)).filter(|path| path.exists())
+    }
+
+    /// Records another name of a stored image, or the same again; whether the image is still there.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn put_name(&self, name: &RefRecord) -> Result<bool, StoreError> {
+        let _lock = self.lock_names()?;
+        if self.image(&name.manifest)?.is_none() {
+            return Ok(false);
+        }
+        record::write(&self.ref_path(&name.name), name)?;
+        Ok(true)
     }
 
     /// What a location resolved to when it was last pulled.
@@ -178,6 +244,20 @@ impl Store {
     pub(super) fn ref_path(&self, name: &str) -> PathBuf {
         self.path(&["refs", &format!("{}.json", Digest::sha256(name.as_bytes()).hex())])
     }
+}
+
+/// A file that is there as a whole or not at all.
+fn move_durably(from: &Path, to: &Path) -> io::Result<()> {
+    File::open(from)?.sync_all()?;
+    match fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
+        moved => return moved,
+    }
+    let fresh = to.with_file_name(format!("{}{}", record::UNFINISHED, record::random_name()));
+    let copied = fs::copy(from, &fresh).and_then(|_| File::open(&fresh)?.sync_all());
+    copied.and_then(|()| fs::rename(&fresh, to)).inspect_err(|_| {
+        let _ = fs::remove_file(&fresh);
+    })
 }
 
 /// A digest as a file's name: `sha256-<hex>`.

@@ -5,9 +5,9 @@
 //!   format                         one line: the version, and how whiteouts are written
 //!   layers/<name>/fs/              one layer, applied, in overlayfs' form (docs/formats/store-layers.md)
 //!   layers/<name>/layer.json       what it holds
-//!   images/<digest>/manifest.json  the manifest, byte for byte; config.json likewise; image.json the layers
+//!   images/<digest>/manifest.json  the manifest, byte for byte; config.json likewise; image.json the layers; metadata of a lazy image
 //!   refs/<hash of name>.json       a name that was pulled: what it resolved to, and the signatures found then
-//!   bundles/<id>/                  a mounted bundle: bundle.json, and its writable layer (upper, work)
+//!   bundles/<id>/                  a mounted bundle: bundle.json, and its writable layer (upper, work); lower, where a lazy image is mounted
 //!   staging/<name>/                a layer that is being made or removed
 //!   locks/<name>                   flock(2) targets; empty
 //! ```
@@ -43,7 +43,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use bundles::{BundleRecord, OwnBundle};
 pub use gc::{Collected, Removed};
-pub use images::{ImageRecord, RefRecord, StoredLayer};
+pub use images::{ImageRecord, LazyRecord, RefRecord, StoredLayer};
 pub use layers::{Acquired, LayerGuard, LayerId, LayerRecord, Staging};
 pub use lock::Lock;
 

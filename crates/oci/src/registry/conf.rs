@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{files, prefix::Prefix};
 use crate::{reference::ImageRef, source::TransportError};
@@ -47,7 +47,7 @@ impl Endpoint {
 }
 
 /// What to do with a name without a registry that several registries may have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ShortNameMode {
     /// Refuse it, unless there is one search registry only.
@@ -59,8 +59,8 @@ pub enum ShortNameMode {
     Disabled,
 }
 
-/// A registry's configuration, merged of all files.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// A registry's configuration, merged of all files. Its serialised form is for other processes of this program.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RegistriesConf {
     registries: Vec<Registry>,
     search: Vec<String>,
@@ -69,7 +69,7 @@ pub struct RegistriesConf {
     mode: Option<ShortNameMode>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Registry {
     prefix: Prefix,
     location: Option<Prefix>,
@@ -80,14 +80,14 @@ struct Registry {
     from: PathBuf,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Mirror {
     location: Prefix,
     insecure: bool,
     pull: Pull,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Pull {
     #[default]

@@ -1,22 +1,22 @@
 //! The knobs of the registry client, as a TOML table or made by a program.
 
-use std::{path::PathBuf, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How the registry client behaves. Every field has a default; durations are seconds, with fractions.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClientConfig {
     /// The longest that name resolution plus connecting and the TLS handshake may take. Default 15 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub connect_timeout: Duration,
     /// The longest silence of a peer, while its answer is awaited and while a body is read or written. Default 30 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub stall_timeout: Duration,
     /// The longest that a peer may take from the end of a request to the end of its answer's headers, and, for a registry that
     /// stores an upload, the longest silence. Default 120 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub response_timeout: Duration,
     /// The fewest bytes a second, over any `stall_timeout` spent reading, below which a body counts as stalled. Default 256 B/s.
     pub slowest_rate: u64,
@@ -25,13 +25,13 @@ pub struct ClientConfig {
     /// The same for a mirror, behind which there is another registry to ask. Default 1, at most 20.
     pub mirror_retries: u32,
     /// The pause before the first repetition; it doubles each time, and each is shortened at random by up to a half. Default 0.25 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub first_backoff: Duration,
     /// The longest of these pauses. Default 15 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub longest_backoff: Duration,
     /// The longest `Retry-After` of a registry that is obeyed; a longer one fails the request. Default 60 s.
-    #[serde(deserialize_with = "seconds")]
+    #[serde(deserialize_with = "seconds", serialize_with = "to_seconds")]
     pub longest_retry_after: Duration,
     /// How many redirects of one request are followed. Default 8.
     pub redirects: usize,
@@ -65,7 +65,7 @@ pub struct ClientConfig {
 }
 
 /// Which proxy a request takes.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProxyConfig {
     /// Takes what is not set here from `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY` (or in lower case). Default true.
@@ -79,7 +79,7 @@ pub struct ProxyConfig {
 }
 
 /// A switch that is on by default.
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FromEnv(pub bool);
 
@@ -122,6 +122,45 @@ impl Default for ClientConfig {
     }
 }
 
+impl ClientConfig {
+    /// With all that it would take from this process's directory and environment written out (`get` gives a variable), so that another
+    /// process does the same by it.
+    ///
+    /// # Errors
+    /// The working directory or the directory of certificates cannot be read.
+    pub fn settled(mut self, get: impl Fn(&str) -> Option<String>) -> io::Result<Self> {
+        if self.proxy.from_env.0 {
+            let found = super::proxy::from_environment(&get);
+            let proxy = &mut self.proxy;
+            proxy.https = proxy.https.take().or(found.https);
+            proxy.http = proxy.http.take().or(found.http);
+            proxy.no_proxy.extend(found.no_proxy);
+            proxy.from_env = FromEnv(false);
+        }
+        // What these name replaces the system's certificates, in every program that knows them.
+        let set = |name| get(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let (file, directory) = (set("SSL_CERT_FILE"), set("SSL_CERT_DIR"));
+        if self.system_roots && (file.is_some() || directory.is_some()) {
+            self.system_roots = false;
+            self.extra_roots.extend(file);
+            for directory in directory.iter().flat_map(std::env::split_paths) {
+                for entry in std::fs::read_dir(directory)? {
+                    let path = entry?.path();
+                    self.extra_roots.extend(path.is_file().then_some(path));
+                }
+            }
+        }
+        for path in self.extra_roots.iter_mut().chain(&mut self.certs_dirs) {
+            *path = std::path::absolute(&*path)?;
+        }
+        Ok(self)
+    }
+}
+
+fn to_seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(duration.as_secs_f64())
+}
+
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let seconds = f64::deserialize(deserializer)?;
     Duration::try_from_secs_f64(seconds)
@@ -147,6 +186,29 @@ mod tests {
         assert!(config.proxy.from_env.0);
         assert_eq!(config.response_timeout, ClientConfig::default().response_timeout);
         assert_eq!(toml::from_str::<ClientConfig>("").unwrap(), ClientConfig::default());
+    }
+
+    #[test]
+    fn a_settled_configuration_needs_no_environment_and_survives_as_json() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("root.pem"), "").unwrap();
+        let certificates = directory.path().display().to_string();
+        let environment = |name: &str| match name {
+            "https_proxy" => Some("http://p:3128".to_owned()),
+            "NO_PROXY" => Some("a.example, .b.example".to_owned()),
+            "SSL_CERT_FILE" => Some("one.pem".to_owned()),
+            "SSL_CERT_DIR" => Some(certificates.clone()),
+            _ => None,
+        };
+        let config = ClientConfig { first_backoff: Duration::from_millis(250), ..ClientConfig::default() };
+        let settled = config.settled(environment).unwrap();
+        let proxy = &settled.proxy;
+        assert_eq!((proxy.https.as_deref(), proxy.http.as_deref()), (Some("http://p:3128"), None));
+        assert_eq!((proxy.no_proxy.len(), proxy.from_env.0, settled.system_roots), (2, false, false));
+        assert_eq!(settled.extra_roots, [std::path::absolute("one.pem").unwrap(), directory.path().join("root.pem")]);
+        let json = serde_json::to_vec(&settled).unwrap();
+        assert_eq!(serde_json::from_slice::<ClientConfig>(&json).unwrap(), settled);
+        assert_eq!(settled.clone().settled(environment).unwrap(), settled);
     }
 
     #[test]

@@ -55,6 +55,25 @@ impl CredentialStore {
         Ok(store)
     }
 
+    /// The auth files that were found, in order of precedence: those that [`from_files`](Self::from_files) of another process takes.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|(path, _)| path.clone()).collect()
+    }
+
+    /// These auth files; one that has gone meanwhile has no credentials. Helpers may be run.
+    ///
+    /// # Errors
+    /// [`TransportError`]: a file cannot be read or is none.
+    pub fn from_files(paths: &[PathBuf]) -> Result<Self, TransportError> {
+        let mut store = Self { helpers: true, ..Self::default() };
+        for path in paths {
+            if let Some(bytes) = files::read_if_there(path, "reading credentials", AUTH_FILE_LIMIT)? {
+                store.add(path.clone(), bytes)?;
+            }
+        }
+        Ok(store)
+    }
+
     /// An auth file that the caller has, such as one that a key broker released; `name` is for messages. No helper is run.
     ///
     /// # Errors

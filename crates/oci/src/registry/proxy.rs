@@ -25,17 +25,11 @@ enum Direct {
 
 impl ProxyRules {
     pub(crate) fn new(config: &ProxyConfig, env: impl Fn(&str) -> Option<String>) -> Result<Self, TransportError> {
-        let env = |names: &[&str]| {
-            let value = names.iter().find_map(|name| env(name)).filter(|value| !value.is_empty());
-            value.filter(|_| config.from_env.0)
-        };
-        let https = config.https.clone().or_else(|| env(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]));
-        // An upper-case HTTP_PROXY is set by whoever sends a `Proxy:` header to a CGI program, but this is none.
-        let http = config.http.clone().or_else(|| env(&["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"]));
-        let mut direct: Vec<Direct> = config.no_proxy.iter().filter_map(|entry| parse_direct(entry)).collect();
-        if let Some(list) = env(&["NO_PROXY", "no_proxy"]) {
-            direct.extend(list.split([',', ' ']).filter_map(parse_direct));
-        }
+        let found = if config.from_env.0 { from_environment(&env) } else { ProxyConfig::default() };
+        let https = config.https.clone().or(found.https);
+        let http = config.http.clone().or(found.http);
+        let entries = config.no_proxy.iter().chain(&found.no_proxy);
+        let direct = entries.filter_map(|entry| parse_direct(entry)).collect();
         Ok(Self {
             https: https.map(|text| parse_proxy(&text)).transpose()?,
             http: http.map(|text| parse_proxy(&text)).transpose()?,
@@ -62,6 +56,19 @@ impl ProxyRules {
             }
             Direct::Network(network, bits) => address.is_some_and(|address| contains(*network, *bits, address)),
         })
+    }
+}
+
+/// What the variables say.
+pub(super) fn from_environment(get: &impl Fn(&str) -> Option<String>) -> ProxyConfig {
+    let env = |names: &[&str]| names.iter().find_map(|name| get(name)).filter(|value| !value.is_empty());
+    let list = env(&["NO_PROXY", "no_proxy"]).unwrap_or_default();
+    ProxyConfig {
+        https: env(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]),
+        // An upper-case HTTP_PROXY is set by whoever sends a `Proxy:` header to a CGI program, but this is none.
+        http: env(&["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"]),
+        no_proxy: list.split([',', ' ']).filter(|entry| !entry.is_empty()).map(str::to_owned).collect(),
+        ..ProxyConfig::default()
     }
 }
 

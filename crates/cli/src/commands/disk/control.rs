@@ -61,7 +61,7 @@ enum Answer {
     },
 }
 
-/// A running disk could not do what it was asked for.
+/// A process that serves could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct Refused {
@@ -71,8 +71,18 @@ pub(crate) struct Refused {
 
 impl Refused {
     /// As the error that it stands for.
-    pub(super) fn of(error: &anyhow::Error) -> Self {
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
         Self { message: format!("{error:#}"), exit: exit::of(error) as u8 }
+    }
+
+    /// As another process said it.
+    pub(crate) fn new(message: String, exit: u8) -> Self {
+        Self { message, exit }
+    }
+
+    /// For another process: the message and the exit code.
+    pub(crate) fn into_parts(self) -> (String, u8) {
+        (self.message, self.exit)
     }
 
     /// The code that it would have ended with.

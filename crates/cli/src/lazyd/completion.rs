@@ -1,0 +1,71 @@
+//! Fetching all of an image while it is in use.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use nacre_lazy::reader::Reader;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::protocol::ShownFailure;
+use crate::exit::InUse;
+
+/// How far that is.
+#[derive(Default)]
+pub(super) struct Completion {
+    running: AtomicUsize,
+    stop: AtomicBool,
+    done: AtomicBool,
+    failure: Mutex<Option<ShownFailure>>,
+}
+
+impl Completion {
+    /// In the background.
+    pub(super) fn start(self: &Arc<Self>, reader: &Arc<Reader>) -> anyhow::Result<()> {
+        let (completion, reader) = (Arc::clone(self), Arc::clone(reader));
+        let fetching = move || {
+            if let Err(error) = completion.run(&reader) {
+                tracing::warn!("an image stays incomplete: {error:#}");
+            }
+        };
+        Ok(thread::Builder::new().name("complete".into()).spawn(fetching).map(drop)?)
+    }
+
+    /// Until it is done.
+    pub(super) fn run(&self, reader: &Reader) -> anyhow::Result<()> {
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let fetched = reader.complete(|_| !self.stop.load(Ordering::SeqCst));
+        self.running.fetch_sub(1, Ordering::SeqCst);
+        if let Err(error) = fetched {
+            let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+            let failure = ShownFailure { at, reason: error.to_string() };
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+            return Err(error.into());
+        }
+        if self.stop.load(Ordering::SeqCst) {
+            return Err(InUse("the image was unmounted before all of it was fetched".into()).into());
+        }
+        self.done.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.running.load(Ordering::SeqCst) > 0
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn failure(&self) -> Option<ShownFailure> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
