@@ -141,6 +141,7 @@ impl Setup {
         }
         lazy.cache_limit = args.cache_limit.map_or(lazy.cache_limit, |limit| limit.0);
         lazy.patience = args.patience.unwrap_or(lazy.patience);
+        lazy.bandwidth = args.bandwidth.map_or(lazy.bandwidth, |rate| rate.0);
         lazy.front = match args.front {
             Some(FrontArg::Auto) => Front::Best,
             Some(FrontArg::Erofs) => Front::Erofs,

@@ -93,13 +93,15 @@ pub struct LazyConfig {
     pub cache_limit: u64,
     /// How many seconds a read waits for a source that fails.
     pub patience: u64,
+    /// The most bytes a second that are fetched; 0: as many as there are to be had.
+    pub bandwidth: u64,
     /// How images become filesystems.
     pub front: Front,
 }
 
 impl Default for LazyConfig {
     fn default() -> Self {
-        Self { cache: None, cache_limit: CACHE_LIMIT, patience: PATIENCE.as_secs(), front: Front::Best }
+        Self { cache: None, cache_limit: CACHE_LIMIT, patience: PATIENCE.as_secs(), bandwidth: 0, front: Front::Best }
     }
 }
 

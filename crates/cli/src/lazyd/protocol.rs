@@ -228,6 +228,7 @@ mod tests {
                 cache: "/cache".into(),
                 cache_limit: 7,
                 patience: Duration::from_secs(3),
+                bandwidth: std::num::NonZeroU64::new(1_000_000),
             },
             complete: true,
         })

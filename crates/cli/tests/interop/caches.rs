@@ -145,6 +145,11 @@ fn an_http_cache_serves_what_it_has_and_is_not_believed() {
     assert!(second.iter().any(|line| line.starts_with("HIT ")), "{second:?}");
     assert!(!second.iter().any(|line| line.starts_with("MISS ")), "{second:?}");
 
+    // Two megabytes at one a second; the first quarter is not waited for.
+    let begin = Instant::now();
+    assert_eq!(read(&place, "slow", &name, &["--bandwidth", "1M"]), right);
+    assert!(begin.elapsed() > Duration::from_millis(1200), "{:?}", begin.elapsed());
+
     // What it changes is seen, and had from the registry.
     assert!(nginx.poison() > 0);
     assert_eq!(read(&place, "third", &name, &through), right);

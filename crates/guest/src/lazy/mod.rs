@@ -26,6 +26,7 @@ mod tree;
 use std::{
     fs::{self, File},
     io,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -39,6 +40,7 @@ use nacre_lazy::{
     fetch::Fetcher,
     format::BLOCK,
     image::{Metadata, OpenError, Table},
+    pace::Pace,
     reader::{Reader, Shared},
     source::Blobs,
 };
@@ -75,6 +77,8 @@ pub struct LazyOptions {
     pub cache_limit: u64,
     /// How long a read waits for a source that fails, before it fails itself.
     pub patience: Duration,
+    /// The most bytes a second that are fetched, for all images that share the options.
+    pub bandwidth: Option<NonZeroU64>,
 }
 
 /// How an image becomes a filesystem.
@@ -212,7 +216,7 @@ impl LazyStore {
         clean(&options.directory)?;
         let cache = Cache::open(&options.cache, options.cache_limit)
             .map_err(io_error("open the cache of lazy images", &options.cache))?;
-        let shared = Shared::new(Fetcher::new(Some(cache), options.patience));
+        let shared = Shared::new(Fetcher::new(Some(cache), options.patience).with_pace(Pace::new(options.bandwidth)));
         Ok(Self { options, shared })
     }
 

@@ -1,6 +1,6 @@
 //! Lazy images of a configured guest: pulled by name, and mounted by whoever mounts them.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 
 use nacre_core::{Digest, SecretArray, SecretBytes};
 use nacre_lazy::keys::MetadataKey;
@@ -142,5 +142,6 @@ pub(super) fn options(store: &Store, config: &LazyConfig) -> Result<LazyOptions,
         None => directory.join("chunks"),
     };
     let patience = Duration::from_secs(config.patience);
-    Ok(LazyOptions { directory, cache, cache_limit: config.cache_limit, patience })
+    let bandwidth = NonZeroU64::new(config.bandwidth);
+    Ok(LazyOptions { directory, cache, cache_limit: config.cache_limit, patience, bandwidth })
 }
