@@ -145,8 +145,17 @@ fn listed_json(store: &Store, images: &[(RefRecord, ImageRecord)], mounts: &[Sho
     let stored = |manifest: &str| images.iter().any(|(_, image)| image.manifest.to_string() == manifest);
     for manifest in manifests.into_iter().filter(|manifest| !stored(manifest)) {
         let here = of(manifest);
-        let name = here.first().map(|mount| &mount.name);
-        list.push(json!({ "name": name, "manifest": manifest, "bytes": 0, "layers": [], "mounts": here }));
+        list.push(json!({
+            "name": here.first().map(|mount| &mount.name),
+            "manifest": manifest,
+            "chain": [],
+            "bytes": 0,
+            "pulled": Value::Null,
+            "admitted": Value::Null,
+            "layers": [],
+            "lazy": Value::Null,
+            "mounts": here,
+        }));
     }
     Ok(list)
 }
@@ -323,7 +332,7 @@ fn collect(global: &Global, json: bool) -> anyhow::Result<()> {
 
 fn unmount(global: &Global, bundle: &Path) -> anyhow::Result<()> {
     setup::privileged()?;
-    if super::mounts::unmount(global, bundle)? {
+    if super::mounts::unmount(bundle)? {
         return Ok(());
     }
     Ok(ImageService::unmount_bundle(&Setup::new(global, false)?.store()?, bundle)?)

@@ -30,9 +30,9 @@ use crate::{
         lazy::{DaemonCommand, MountArgs},
     },
     commands::disk::Refused,
-    exit::{Missing, Usage},
+    exit::{self, Missing, Usage},
     lazyd::{self, MountRequest, Mounted, Request, Shown, Station},
-    output,
+    output::{self, Exit},
     setup::{self, Setup},
 };
 
@@ -163,7 +163,7 @@ fn serve(mut mounted: LazyMount, end: &EndSignals) -> anyhow::Result<()> {
 }
 
 /// Whether `umount` is about a lazy image: then it is done.
-pub(crate) fn unmount(global: &Global, target: &Path) -> anyhow::Result<bool> {
+pub(crate) fn unmount(target: &Path) -> anyhow::Result<bool> {
     // Of what nobody serves any more, no attribute can be read.
     let parent = std::path::absolute(target)?.parent().map(Path::to_owned).unwrap_or_default();
     let found = fs::canonicalize(target).or_else(|_| {
@@ -171,19 +171,16 @@ pub(crate) fn unmount(global: &Global, target: &Path) -> anyhow::Result<bool> {
         fs::canonicalize(parent).map(|parent| parent.join(name))
     });
     let Ok(target) = found else { return Ok(false) };
-    let lazy = directory(&Setup::new(global, false)?.store()?);
+    // Which store it is of, it says itself.
+    let mounts = nacre_sys::fs::mounts().context("/proc/self/mountinfo")?;
+    let Some(lazy) = mounts.iter().rfind(|mount| mount.target == target).and_then(lazy_of) else { return Ok(false) };
     if let Some(daemon) = Station::here(&lazy)?.connected()? {
-        let shown: Vec<Shown> = serde_json::from_value(daemon.ask(&Request::List, &[])?)?;
-        if shown.iter().any(|mount| mount.target == target && !mount.leaving)
-            && let Some(daemon) = Station::here(&lazy)?.connected()?
-        {
-            daemon.ask(&Request::Unmount { target }, &[])?;
-            return Ok(true);
+        match daemon.ask(&Request::Unmount { target: target.clone() }, &[]) {
+            Err(error) if exit::of(&error) == Exit::NotFound => {}
+            answered => return answered.map(|_| true),
         }
     }
     // A process of its own serves it and will see it, or nobody does.
-    let mounts = nacre_sys::fs::mounts().context("/proc/self/mountinfo")?;
-    let Some(lazy) = mounts.iter().rfind(|mount| mount.target == target).and_then(lazy_of) else { return Ok(false) };
     nacre_sys::fs::unmount(&target)?;
     lazy::clean(&lazy)?;
     Ok(true)

@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use nacre_sys::end::EndSignals;
 use rustix::{
     event::{PollFd, PollFlags},
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, pidfd_open, pidfd_send_signal, setrlimit},
 };
 
 use super::{
@@ -45,6 +45,7 @@ pub(super) const READY: &str = "ready";
 pub(crate) fn keep(global: &Global, args: &KeepArgs) -> anyhow::Result<i32> {
     // Out of the terminal's reach; a keeper that a daemon made is there already.
     let _ = rustix::process::setsid();
+    many_files();
     env::set_current_dir("/").context("/")?;
     let station = Station::here(&args.directory)?;
     // By its name, for updates; as it is while the file is there.
@@ -156,7 +157,17 @@ impl Keeper {
                 anyhow::bail!("the daemon died {tries} times in a row; its {} mounts are given up", self.held.len());
             }
             thread::sleep(Duration::from_millis(200) * tries);
-            daemon = self.start(&program)?;
+            daemon = loop {
+                match self.start(&program) {
+                    Ok(daemon) => break daemon,
+                    Err(error) => tracing::error!("{error:#}"),
+                }
+                // It may be that one's fault, or there is no memory just now.
+                program = SELF.into();
+                tries += 1;
+                anyhow::ensure!(tries < TRIES, "no daemon can be started; {} mounts are given up", self.held.len());
+                thread::sleep(Duration::from_millis(200) * tries);
+            };
         }
     }
 
@@ -197,6 +208,10 @@ impl Keeper {
         loop {
             let (message, files) = match link::receive(&daemon.socket) {
                 Ok(received) => received,
+                Err(error) if is_late(&error) && !kill => {
+                    tracing::warn!("the daemon takes long to hand over: somebody waits for an answer");
+                    continue;
+                }
                 Err(error) => {
                     tracing::debug!("the daemon says nothing more: {error:#}");
                     break;
@@ -219,10 +234,8 @@ impl Keeper {
                 ToKeeper::End => ended.for_good = true,
             }
         }
-        if kill {
-            // Done, or late: what it did not answer its successor will.
-            let _ = pidfd_send_signal(&daemon.process, Signal::KILL);
-        }
+        // It is dead, or late, or cannot be understood: what it did not answer its successor will.
+        let _ = pidfd_send_signal(&daemon.process, Signal::KILL);
         // It must not serve any more when the next one begins.
         ended.how = wait(daemon);
         ended
@@ -273,6 +286,20 @@ impl Current {
             }
         };
         thread::Builder::new().name("signals".into()).spawn(passing).map(drop).context("a thread")
+    }
+}
+
+/// Whether nothing came for as long as was waited.
+fn is_late(error: &anyhow::Error) -> bool {
+    let late = |error: &io::Error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(late)
+}
+
+/// As many files as this process may have: each mount takes some, here and in the daemon.
+fn many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::debug!("the limit of open files stays: {error}");
     }
 }
 

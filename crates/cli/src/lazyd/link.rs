@@ -148,8 +148,7 @@ impl Link {
     /// Whoever held the mount forgets it, and its keys.
     pub(super) fn forget(&self, id: u64) {
         let mut state = self.state();
-        let Some(held) = state.held.remove(&id) else { return };
-        if let Some(grant) = held.files.into_iter().next()
+        if let Some(grant) = state.held.remove(&id).and_then(|held| held.files.into_iter().next())
             && let Err(error) = nacre_guest::lazy::wipe(&File::from(grant))
         {
             tracing::warn!("the keys of an image that was unmounted stay in memory: {error}");
@@ -161,13 +160,15 @@ impl Link {
         }
     }
 
-    /// Tells it something else.
-    pub(super) fn tell(&self, message: &ToKeeper) {
-        if let Some(socket) = &self.state().socket
-            && let Err(error) = send(socket, message, &[])
-        {
+    /// Tells it something else; whether it could be told.
+    pub(super) fn tell(&self, message: &ToKeeper) -> bool {
+        let state = self.state();
+        let Some(socket) = &state.socket else { return false };
+        let told = send(socket, message, &[]);
+        if let Err(error) = &told {
             tracing::warn!("the keeper does not answer: {error:#}");
         }
+        told.is_ok()
     }
 
     /// Makes another keeper when there is none any more.

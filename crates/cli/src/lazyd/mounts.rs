@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nacre_guest::lazy::{Clients, Grant, Kept, KeptRecord, LazyImage, LazyMount, LazyOptions, LazyStore};
+use nacre_guest::lazy::{self, Clients, Grant, Kept, KeptRecord, LazyImage, LazyMount, LazyOptions, LazyStore};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -30,6 +30,8 @@ use crate::exit::{InUse, Missing, Usage};
 /// How long the kernel may take to let go of what is unmounted and not in use.
 const LET_GO: Duration = Duration::from_secs(2);
 const STEP: Duration = Duration::from_millis(10);
+/// Threads that hand mounts over.
+const HAND_OVER: usize = 16;
 
 /// What a successor needs to know of a mount, beside its files.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -99,6 +101,8 @@ impl Mounts {
             see(target, request.seen)?;
         }
         anyhow::ensure!(request.options.directory == self.directory, "the request is for another store's daemon");
+        // What an earlier daemon could not go on with, for one.
+        lazy::clean(&self.directory)?;
         let store = self.store(request.options)?;
         let image = store.granted(&grant, &self.clients)?;
         let target = match request.target {
@@ -326,12 +330,18 @@ impl Mounts {
 
     /// Leaves all mounts to a successor.
     pub(super) fn hand_over(&self) {
-        let entries = std::mem::take(&mut *lock(&self.entries));
+        let entries = Mutex::new(std::mem::take(&mut *lock(&self.entries)));
+        lock(&entries).values().for_each(|entry| entry.completion.stop());
+        let one = || {
+            let next = lock(&entries).pop_first();
+            next.map(|(_, entry)| entry.mount.hand_over())
+        };
         thread::scope(|scope| {
-            for (_, entry) in entries {
-                entry.completion.stop();
-                scope.spawn(|| entry.mount.hand_over());
+            // Each waits for its slowest answer. Where there are no threads, one after the other does.
+            for _ in 0..HAND_OVER {
+                let _ = thread::Builder::new().spawn_scoped(scope, || while one().is_some() {});
             }
+            while one().is_some() {}
         });
     }
 }

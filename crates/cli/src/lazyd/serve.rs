@@ -190,13 +190,17 @@ impl Daemon {
         Ok(protocol::answer(client, result)?)
     }
 
-    /// Ends this process and leaves what is mounted to another one.
-    fn hand_over(&self) -> ! {
+    /// Ends this process and leaves what is mounted to another one, where there is a keeper to start it.
+    fn hand_over(&self) {
         let begin = Instant::now();
         while self.active.load(Ordering::SeqCst) > 0 && begin.elapsed() < FINISH {
             thread::sleep(Duration::from_millis(10));
         }
-        self.link.tell(&ToKeeper::Restart { kill: self.mounts.can_be_killed() });
+        if !self.link.tell(&ToKeeper::Restart { kill: self.mounts.can_be_killed() }) {
+            tracing::error!("there is no keeper to start another process; this one goes on");
+            self.restart.store(false, Ordering::SeqCst);
+            return;
+        }
         self.mounts.hand_over();
         // Nothing is dropped: what is mounted stays.
         std::process::exit(0);

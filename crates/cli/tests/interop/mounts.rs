@@ -167,6 +167,9 @@ fn all_mounts_of_a_store_share_one_daemon_which_ends_when_it_is_idle() {
     let (daemons, keepers) = (scene.processes("serve"), scene.processes("keep"));
     assert_eq!((daemons.len(), keepers.len()), (1, 1), "{}", scene.log());
     let shown = scene.shown();
+    let listed: Value = serde_json::from_slice(&scene.nacre(&["image", "ls", "--json"]).stdout).unwrap();
+    let fields: Vec<_> = listed[0].as_object().unwrap().keys().collect();
+    assert_eq!(fields, ["admitted", "bytes", "chain", "layers", "lazy", "manifest", "mounts", "name", "pulled"]);
     let targets: Vec<_> = shown.iter().map(|mount| mount["target"].as_str().unwrap().to_owned()).collect();
     assert_eq!(targets, ["one", "two", "three"].map(|name| scene.place.text(name)));
     assert!(shown.iter().all(|mount| mount["name"] == scene.name("v1") && mount["local_bytes"].as_u64() > Some(0)));
@@ -380,6 +383,25 @@ fn strangers_and_nonsense_at_the_socket_are_turned_away() {
     }
     assert_eq!((scene.shown().len(), scene.processes("serve")), (1, vec![daemon]));
     assert_eq!(fs::read(mounted.target.join("noise")).unwrap(), noise());
+}
+
+#[test]
+fn another_mount_namespace_has_its_own_daemon() {
+    let Some(scene) = Scene::with_image() else { return };
+    let here = scene.mounted("here", &[]);
+    let there = scene.place.at("there");
+    fs::create_dir(&there).unwrap();
+    let mut mount = scene.place.program("unshare");
+    mount.args(["--mount", env!("CARGO_BIN_EXE_nacre"), "image", "mount", "--decryption-key", "key.pem"]).args(PULL);
+    run(mount.env("NACRE_ROOT", scene.place.at("store")).arg(scene.name("v1")).arg(&there));
+    assert_eq!(fs::read_dir(&there).unwrap().count(), 0, "it is not mounted here");
+    assert_eq!((scene.processes("serve").len(), scene.shown().len()), (2, 2));
+    let other = *scene.processes("serve").iter().max().unwrap();
+    let inside = format!("/proc/{other}/root{}/noise", there.display());
+    assert_eq!(fs::read(inside).unwrap(), noise());
+    signal("-TERM", other);
+    gone(other);
+    assert_eq!(fs::read(here.target.join("noise")).unwrap(), noise());
 }
 
 #[test]

@@ -136,13 +136,13 @@ fn json_has_the_same_fields_every_time() {
     let image = format!("docker://{}/t/app:1", registry.host());
     let mut command = place.nacre("store", &["image", "pull", "--json", "--insecure-registry", &image]);
     let pulled = json_of(command.args(TRUSTING));
-    assert_eq!(keys(&pulled), ["admission", "bundle", "fetched", "image", "layers", "manifest"]);
+    assert_eq!(keys(&pulled), ["admission", "bundle", "fetched", "image", "layers", "lazy", "manifest"]);
     assert_eq!(keys(&pulled["admission"]), ["kind", "policy", "rule", "signers"]);
     assert_eq!(keys(&pulled["layers"][0]), ["diff_id", "digest", "id", "media_type", "size"]);
     assert_eq!((&pulled["fetched"], &pulled["manifest"]), (&json!(2), &json!(built.digest)));
 
     let listed = json_of(&mut place.nacre("store", &["image", "ls", "--json"]));
-    let fields = ["admitted", "bytes", "chain", "layers", "manifest", "name", "pulled"];
+    let fields = ["admitted", "bytes", "chain", "layers", "lazy", "manifest", "mounts", "name", "pulled"];
     assert_eq!((keys(&listed[0]), listed.as_array().unwrap().len()), (fields.to_vec(), 1));
     assert_eq!((&listed[0]["name"], &listed[0]["bytes"]), (&json!(image), &json!(3)));
 

@@ -67,13 +67,47 @@ pub struct KeptRecord {
     pub parameters: Parameters,
 }
 
-/// A mounted lazy image, served by threads of this process. Dropping it unmounts what serves it.
+/// A mounted lazy image, served by threads of this process. Dropping it unmounts it.
 pub struct LazyMount {
+    // Dropped in this order: nobody gets at it any more, then nobody serves it, then its files go.
+    tree: Tree,
+    session: Session,
     /// The image.
     pub image: LazyImage,
-    target: PathBuf,
     served: Served,
-    session: Session,
+}
+
+/// The kernel's EROFS on the target; FUSE is the session's.
+struct Tree {
+    target: PathBuf,
+    /// The source of the mount lies there.
+    place: PathBuf,
+    armed: bool,
+}
+
+impl Tree {
+    /// Whether it is what is mounted on the target.
+    fn is_ours(&self) -> bool {
+        let here = |mount: &nacre_sys::fs::MountEntry| mount.target == self.target;
+        let mounts = nacre_sys::fs::mounts().unwrap_or_default();
+        mounts.iter().rfind(|mount| here(mount)).is_some_and(|mount| mount.source.starts_with(&self.place))
+    }
+
+    fn unmount(&mut self) -> Result<(), LazyError> {
+        if std::mem::take(&mut self.armed) && self.is_ours() {
+            let unmounted = nacre_sys::fs::unmount(&self.target);
+            unmounted.map_err(|error| io_error("unmount", &self.target)(io::Error::other(error)))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        if let Err(error) = self.unmount() {
+            tracing::warn!("{error}");
+        }
+    }
 }
 
 impl LazyMount {
@@ -104,13 +138,15 @@ impl LazyMount {
                 Session::mount(&target, &options, Arc::new(tree(&image)?))?
             }
         };
-        let mount = Self { image, target, served, session };
-        let kept = mount.kept().map_err(io_error("duplicate the descriptors of", &mount.target))?;
-        keep(kept).map_err(io_error("hand to its keeper", &mount.target))?;
+        let tree = Tree { target, place: image.place.path().to_owned(), armed: false };
+        let mut mount = Self { tree, session, image, served };
+        let kept = mount.kept().map_err(io_error("duplicate the descriptors of", mount.target()))?;
+        keep(kept).map_err(io_error("hand to its keeper", mount.target()))?;
         if served == Served::Erofs {
             let file = mount.image.place.device().join(device::NAME);
             let metadata = mount.image.place.metadata();
-            mounts::mount(&metadata, &[&file], &mount.target, &mounts::Options::default())?;
+            mounts::mount(&metadata, &[&file], mount.target(), &mounts::Options::default())?;
+            mount.tree.armed = true;
         }
         Ok(mount)
     }
@@ -120,18 +156,18 @@ impl LazyMount {
         let Kept { device, record, .. } = kept;
         let handover = Handover { device, parameters: record.parameters };
         let session = match record.served {
-            Served::Erofs => {
-                Session::resume(&handover, THREADS, device::filesystem(Arc::clone(&image.reader)))?
-            }
+            Served::Erofs => Session::resume(&handover, THREADS, device::filesystem(Arc::clone(&image.reader)))?,
             Served::Fuse => Session::resume(&handover, THREADS, Arc::new(tree(&image)?))?,
         };
-        Ok(Self { image, target: record.target, served: record.served, session })
+        let armed = record.served == Served::Erofs;
+        let tree = Tree { target: record.target, place: image.place.path().to_owned(), armed };
+        Ok(Self { tree, session, image, served: record.served })
     }
 
     fn kept(&self) -> io::Result<Kept> {
         let record = KeptRecord {
             place: self.image.place.name(),
-            target: self.target.clone(),
+            target: self.tree.target.clone(),
             served: self.served,
             parameters: self.session.parameters().clone(),
         };
@@ -140,14 +176,15 @@ impl LazyMount {
 
     /// Stops serving and leaves everything mounted, for who has what `keep` got. Takes as long as the slowest answer.
     pub fn hand_over(self) {
-        let Self { image, session, .. } = self;
+        let Self { mut tree, image, session, .. } = self;
+        tree.armed = false;
         drop(session.hand_over());
         image.place.leave();
     }
 
     /// Where it is mounted.
     pub fn target(&self) -> &Path {
-        &self.target
+        &self.tree.target
     }
 
     /// What serves it.
@@ -158,7 +195,7 @@ impl LazyMount {
     /// Whether it is still mounted; somebody else may have unmounted it.
     pub fn is_mounted(&self) -> bool {
         match self.served {
-            Served::Erofs => !self.session.is_ended() && nacre_sys::fs::is_mount_point(&self.target).unwrap_or(false),
+            Served::Erofs => !self.session.is_ended() && nacre_sys::fs::is_mount_point(self.target()).unwrap_or(false),
             Served::Fuse => !self.session.is_ended(),
         }
     }
@@ -174,10 +211,7 @@ impl LazyMount {
     /// # Errors
     /// [`LazyError`]; it then stays mounted and served.
     pub fn detach(&mut self) -> Result<(), LazyError> {
-        if self.served == Served::Erofs && self.is_mounted() {
-            nacre_sys::fs::unmount(&self.target)
-                .map_err(|error| io_error("unmount", &self.target)(io::Error::other(error)))?;
-        }
+        self.tree.unmount()?;
         if self.session.is_ended() {
             self.session.wait();
             return Ok(());
@@ -185,20 +219,12 @@ impl LazyMount {
         match self.session.detach() {
             Ok(()) => Ok(()),
             // Somebody else unmounted it, and files of it are open.
-            Err(error) if self.served == Served::Fuse && !self.is_ours() => {
+            Err(error) if self.served == Served::Fuse && !self.tree.is_ours() => {
                 tracing::debug!("{error}");
                 Ok(())
             }
             Err(error) => Err(error.into()),
         }
-    }
-
-    /// Whether what is mounted on the target is this.
-    fn is_ours(&self) -> bool {
-        let ours = |mount: &nacre_sys::fs::MountEntry| {
-            mount.target == self.target && mount.source.starts_with(self.image.place.path())
-        };
-        nacre_sys::fs::mounts().is_ok_and(|mounts| mounts.iter().any(ours))
     }
 
     /// Unmounts it and serves it no more.

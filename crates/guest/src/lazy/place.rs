@@ -18,6 +18,8 @@ const METADATA: &str = "metadata";
 const BLOB: &str = "blob";
 const DEVICE: &str = "device";
 const ROOT: &str = "root";
+/// How often it is tried to make one.
+const TRIES: usize = 8;
 
 /// A directory below `mounts` that goes when it is dropped. Whoever has it holds a lock of the metadata file, so that what killed
 /// processes left is told from what is in use. The lock is the open file's: who has a duplicate holds it, too.
@@ -28,6 +30,14 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn new(mounts: &Path) -> Result<Self, LazyError> {
+        // Whoever cleans up just between two steps of this takes it for another's.
+        (0..TRIES).find_map(|_| Self::try_new(mounts).transpose()).unwrap_or_else(|| {
+            Err(io_error("make a directory in", mounts)(io::Error::from(io::ErrorKind::ResourceBusy)))
+        })
+    }
+
+    /// `None` where somebody who cleans up has taken it away.
+    fn try_new(mounts: &Path) -> Result<Option<Self>, LazyError> {
         let name = Digest::sha256(nacre_core::SecretArray::<16>::random().expose()).short();
         let path = mounts.join(name);
         fs::create_dir(&path).map_err(io_error("make the directory", &path))?;
@@ -35,12 +45,8 @@ impl Place {
         let file = File::options().read(true).write(true).create_new(true).open(&metadata);
         let place = Self { erofs: file.map_err(io_error("make the metadata file", &metadata))?, path };
         let locked = rustix::fs::flock(&place.erofs, FlockOperation::NonBlockingLockExclusive);
-        // Another process that was cleaning up between the two steps has taken it away.
         let gone = place.erofs.metadata().map_err(io_error("look at", &metadata))?.nlink() == 0;
-        match locked {
-            Ok(()) if !gone => Ok(place),
-            _ => Err(io_error("lock", &metadata)(io::Error::from(io::ErrorKind::ResourceBusy))),
-        }
+        Ok((locked.is_ok() && !gone).then_some(place))
     }
 
     /// That of another process, whose locked file this is.

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -122,10 +123,7 @@ impl Store {
         let dir = self.image_dir(&image.manifest);
         super::make_dir(&dir, 0o700)?;
         if let Some(metadata) = metadata {
-            let moved = File::open(metadata)
-                .and_then(|file| file.sync_all())
-                .and_then(|()| fs::rename(metadata, dir.join(METADATA)));
-            moved.map_err(io_error("move the metadata of", &dir))?;
+            move_durably(metadata, &dir.join(METADATA)).map_err(io_error("move the metadata to", &dir))?;
         }
         if self.image(&image.manifest)?.as_ref() == Some(image) {
             // Whoever wrote it may have been killed before its name was synced.
@@ -246,6 +244,20 @@ impl Store {
     pub(super) fn ref_path(&self, name: &str) -> PathBuf {
         self.path(&["refs", &format!("{}.json", Digest::sha256(name.as_bytes()).hex())])
     }
+}
+
+/// A file that is there as a whole or not at all.
+fn move_durably(from: &Path, to: &Path) -> io::Result<()> {
+    File::open(from)?.sync_all()?;
+    match fs::rename(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {}
+        moved => return moved,
+    }
+    let fresh = to.with_file_name(format!("{}{}", record::UNFINISHED, record::random_name()));
+    let copied = fs::copy(from, &fresh).and_then(|_| File::open(&fresh)?.sync_all());
+    copied.and_then(|()| fs::rename(&fresh, to)).inspect_err(|_| {
+        let _ = fs::remove_file(&fresh);
+    })
 }
 
 /// A digest as a file's name: `sha256-<hex>`.
