@@ -133,8 +133,7 @@ impl Keeper {
             None => self.start(&program)?,
         };
         loop {
-            current.set(daemon.process.try_clone()?);
-            let ended = self.until_end(&mut daemon);
+            let ended = self.until_end(&mut daemon, &current);
             if ended.for_good {
                 self.base.station.leave();
                 return Ok(0);
@@ -202,8 +201,8 @@ impl Keeper {
     }
 
     /// Holds what the daemon has, until it has ended.
-    fn until_end(&mut self, daemon: &mut Daemon) -> Ended {
-        let mut ended = Ended { for_good: false, restart: false, ready: daemon.child.is_none(), how: String::new() };
+    fn until_end(&mut self, daemon: &mut Daemon, current: &Current) -> Ended {
+        let mut ended = Ended { for_good: false, restart: false, ready: false, how: String::new() };
         let mut kill = false;
         loop {
             let (message, files) = match link::receive(&daemon.socket) {
@@ -225,6 +224,10 @@ impl Keeper {
                 ToKeeper::Drop { id } => drop(self.held.remove(&id)),
                 ToKeeper::Ready => {
                     ended.ready = true;
+                    match daemon.process.try_clone() {
+                        Ok(process) => current.set(Some(process)),
+                        Err(error) => tracing::warn!("the daemon is not told of signals: {error}"),
+                    }
                     self.tell();
                 }
                 ToKeeper::Restart { kill: may } => {
@@ -234,6 +237,7 @@ impl Keeper {
                 ToKeeper::End => ended.for_good = true,
             }
         }
+        current.set(None);
         // It is dead, or late, or cannot be understood: what it did not answer its successor will.
         let _ = pidfd_send_signal(&daemon.process, Signal::KILL);
         // It must not serve any more when the next one begins.
@@ -256,18 +260,18 @@ impl Keeper {
     }
 }
 
-/// The daemon of the moment, for signals: one that asks this process to end asks the daemon, which says then that it ends for good.
+/// The daemon that serves at the moment, for signals: one that asks this process to end asks the daemon, which says then that it ends for good.
 #[derive(Clone, Default)]
 struct Current(Arc<Mutex<(bool, Option<OwnedFd>)>>);
 
 impl Current {
-    fn set(&self, process: OwnedFd) {
+    fn set(&self, process: Option<OwnedFd>) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.1 = Some(process);
+        state.1 = process;
+        // What came before there was one reaches it, too.
         Self::end(&state);
     }
 
-    /// What came before there was a daemon reaches it, too.
     fn end((told, process): &(bool, Option<OwnedFd>)) {
         if let (true, Some(process)) = (told, process)
             && let Err(error) = pidfd_send_signal(process, Signal::TERM)

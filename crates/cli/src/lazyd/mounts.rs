@@ -350,8 +350,8 @@ impl Entry {
     /// Takes it out of the tree.
     fn leave(&mut self) -> anyhow::Result<()> {
         if !self.leaving {
-            self.completion.stop();
             self.mount.detach()?;
+            self.completion.stop();
             self.leaving = true;
         }
         Ok(())
@@ -379,6 +379,16 @@ impl Entry {
             failure: read.max(self.completion.failure()),
         }
     }
+}
+
+/// Whether this program understands what its predecessor left.
+pub(super) fn readable(held: &BTreeMap<u64, Held>) -> anyhow::Result<()> {
+    for held in held.values() {
+        Record::deserialize(&held.record).context("what the daemon that ended says of a mount")?;
+        let grant = held.files.first().context("a grant is missing")?.try_clone()?;
+        Grant::from_file(&File::from(grant))?;
+    }
+    Ok(())
 }
 
 /// A place where somebody is mounting.

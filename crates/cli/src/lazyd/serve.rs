@@ -25,7 +25,7 @@ use serde_json::Value;
 use super::{
     Station,
     link::{self, FILES, Held, Link, ToDaemon, ToKeeper},
-    mounts::Mounts,
+    mounts::{self, Mounts},
     protocol::{self, Hello, PEER_TIME, Request, VERSION},
 };
 use crate::args::lazy::ServeArgs;
@@ -46,6 +46,8 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<i32> {
     rustix::stdio::dup2_stdin(File::open("/dev/null").context("/dev/null")?)?;
     let station = Station::here(&args.directory)?;
     let (listener, lock, held) = begin(&socket)?;
+    // Before anything is changed: a program of another version leaves it to the one that made them.
+    mounts::readable(&held)?;
     // What nobody can go on with, since it died before its keeper had it.
     if let Err(error) = lazy::clean(&args.directory) {
         tracing::warn!("{error}");

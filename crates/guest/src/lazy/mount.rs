@@ -156,9 +156,7 @@ impl LazyMount {
         let Kept { device, record, .. } = kept;
         let handover = Handover { device, parameters: record.parameters };
         let session = match record.served {
-            Served::Erofs => {
-                Session::resume(&handover, THREADS, device::filesystem(Arc::clone(&image.reader)))?
-            }
+            Served::Erofs => Session::resume(&handover, THREADS, device::filesystem(Arc::clone(&image.reader)))?,
             Served::Fuse => Session::resume(&handover, THREADS, Arc::new(tree(&image)?))?,
         };
         let armed = record.served == Served::Erofs;
