@@ -150,6 +150,11 @@ pub(crate) fn metadata(bytes: &[u8]) {
     if let Ok(read) = Metadata::read(&mut blob, &Digest::sha256(bytes), None, &mut nowhere) {
         assert_eq!(nowhere.metadata().map(|file| file.len()).ok(), Some(read.summary.erofs_bytes.get()));
         assert_eq!(read.blobs.len(), read.summary.blobs.get() as usize);
+        assert_eq!(read.trace.len(), read.summary.trace.get() as usize);
+        assert!(
+            read.trace.iter().all(|place| *place < read.summary.device_bytes.get()),
+            "a trace leads out of the device"
+        );
     }
 }
 
@@ -167,7 +172,8 @@ fn blob(chunks: u32) -> Option<Vec<u8>> {
     summary.chunks = u64::from(chunks).into();
     summary.leaves = u32::try_from(leaves).ok()?.into();
     summary.config_bytes = 2.into();
-    summary.trace = 1.into();
+    let trace = u32::from(chunks > 0);
+    summary.trace = trace.into();
     let mut frames = FrameWriter::new(Vec::new(), None, 3).ok()?;
     frames.write_all(summary.as_bytes()).ok()?;
     for leaf in 0..leaves {
@@ -175,7 +181,7 @@ fn blob(chunks: u32) -> Option<Vec<u8>> {
         frames.write_all(entry.as_bytes()).ok()?;
     }
     frames.write_all(b"{}").ok()?;
-    frames.write_all(&[0; 8]).ok()?;
+    frames.write_all(&[0; 8][..8 * trace as usize]).ok()?;
     frames.write_all(&[0x42; 8192]).ok()?;
     let bytes = frames.finish().ok()?;
     debug_assert!(bytes.starts_with(Header::new(Cipher::None).as_bytes()));

@@ -70,6 +70,11 @@ impl Cache {
         Ok(cache)
     }
 
+    /// The most bytes that are kept, about.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
     fn path(&self, blob: &BlobId, segment: u64) -> PathBuf {
         let hex = blob.hex();
         self.directory.join(hex.get(..2).unwrap_or("00")).join(format!("{hex}.{segment}"))

@@ -16,6 +16,7 @@ use crate::{
     keys::MetadataKey,
     source::{BlobId, SourceError},
     table::Leaves,
+    trace,
 };
 
 /// Leaves that are kept in memory: 2 MiB of them.
@@ -89,7 +90,7 @@ impl Metadata {
         let blobs: Vec<BlobEntry> = section(&mut frames, summary.blobs.get())?;
         let index: Vec<LeafEntry> = section(&mut frames, summary.leaves.get())?;
         let config: Vec<u8> = section(&mut frames, summary.config_bytes.get())?;
-        let trace: Vec<zerocopy::little_endian::U64> = section(&mut frames, summary.trace.get())?;
+        let places: Vec<zerocopy::little_endian::U64> = section(&mut frames, summary.trace.get())?;
         let mut left = summary.erofs_bytes.get();
         while left > 0 {
             let piece = frames.next(usize::try_from(left).unwrap_or(usize::MAX))?;
@@ -107,8 +108,16 @@ impl Metadata {
         }
         erofs.rewind().map_err(OpenError::Local)?;
         let leaves = Leaves::new(summary, index, key)?;
+        let trace: Vec<u64> = places.iter().map(|place| place.get()).collect();
+        trace::check(&trace, &summary)?;
         let blobs = blobs.iter().map(|blob| BlobId { digest: blob.digest, size: blob.size.get() }).collect();
-        Ok(Self { summary, blobs, config, trace: trace.iter().map(|place| place.get()).collect(), leaves })
+        Ok(Self { summary, blobs, config, trace, leaves })
+    }
+
+    /// What opens leaves.
+    #[cfg(feature = "build")]
+    pub(crate) fn leaves(&self) -> &Leaves {
+        &self.leaves
     }
 
     /// Checks that the manifest names the same data blobs, in the same order: what it names, a registry keeps.
@@ -173,13 +182,26 @@ pub struct Table {
     leaves: Leaves,
     blob: BlobId,
     kept: Mutex<VecDeque<(u32, Arc<[ChunkEntry]>)>>,
+    /// The image's trace, until it is followed.
+    trace: Mutex<Vec<u64>>,
 }
 
 impl Table {
     /// The table of an image, and the rest of its metadata.
     pub fn new(metadata: Metadata, blob: BlobId) -> (Self, Summary, Vec<BlobId>) {
-        let Metadata { summary, blobs, leaves, .. } = metadata;
-        (Self { leaves, blob, kept: Mutex::default() }, summary, blobs)
+        let Metadata { summary, blobs, leaves, trace, .. } = metadata;
+        (Self { leaves, blob, kept: Mutex::default(), trace: Mutex::new(trace) }, summary, blobs)
+    }
+
+    /// The image's trace; none once it is followed.
+    #[cfg(feature = "build")]
+    pub(crate) fn trace(&self) -> Vec<u64> {
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The image's trace, for whoever asks first.
+    pub(crate) fn take_trace(&self) -> Vec<u64> {
+        std::mem::take(&mut *self.trace.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How chunks are sealed.

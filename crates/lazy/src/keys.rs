@@ -6,7 +6,7 @@
 //! can test no guess about another's.
 //!
 //! Nonces: a chunk's key seals one payload, since it is made of that payload's digest, so its nonce is zero. The metadata key is
-//! made of the digest of all that it seals, and frames and leaves are counted.
+//! made of the digest of all that it seals, and frames and leaves are counted; with a trace, an image has a key of its own.
 
 use nacre_core::{SecretArray, aead::NONCE_LEN};
 use ring::hmac;
@@ -77,6 +77,19 @@ impl MetadataKey {
         self.0.expose()
     }
 
+    /// The key of the same image with a trace of this SHA-256. What the compressor makes of equal streams may differ by its version and its
+    /// level, so those are a part of it.
+    #[cfg(feature = "build")]
+    pub(crate) fn traced(&self, trace: &[u8; DIGEST]) -> Self {
+        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.0.expose()));
+        context.update(b"nacre lazy 1 trace");
+        context.update(&zstd::zstd_safe::version_number().to_le_bytes());
+        context.update(&crate::build::metadata::LEVEL.to_le_bytes());
+        context.update(trace);
+        let tag = context.sign();
+        Self(SecretArray::fill(|slot| slot.copy_from_slice(tag.as_ref())))
+    }
+
     /// The key of frames, or of leaves.
     pub(crate) fn derive(&self, part: Part) -> SecretArray<32> {
         let key = hmac::Key::new(hmac::HMAC_SHA256, self.0.expose());
@@ -132,6 +145,8 @@ mod tests {
             *a.metadata_key(&[2; 32], &[1; 32]).expose(),
             *a.metadata_key(&[1; 32], &[2; 32]).derive(Part::Frames).expose(),
             *a.metadata_key(&[1; 32], &[2; 32]).derive(Part::Leaves).expose(),
+            *a.metadata_key(&[1; 32], &[2; 32]).traced(&[3; 32]).expose(),
+            *a.metadata_key(&[1; 32], &[2; 32]).traced(&[4; 32]).expose(),
         ];
         for (at, key) in keys.iter().enumerate() {
             assert!(!keys[..at].contains(key));

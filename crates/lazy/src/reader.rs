@@ -4,12 +4,16 @@
 //! decrypted, decompressed, straight into the answer where all of it is wanted. A chunk of which only a part is wanted is kept for a
 //! while, since the next read is likely to want the rest.
 
+mod prefetch;
+#[cfg(feature = "build")]
+mod survey;
+
 use std::{
     cell::RefCell,
     collections::HashMap,
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::SystemTime,
@@ -22,7 +26,12 @@ use crate::{
     image::{Table, TableError},
     pace::Urgency,
     source::{BlobId, Blobs},
+    trace::Recorder,
 };
+
+pub use prefetch::Prefetched;
+#[cfg(feature = "build")]
+pub use survey::{Counts, Survey};
 
 /// Bytes of decoded chunks that are kept, for all images of a process.
 const KEPT: usize = 8 << 20;
@@ -160,6 +169,8 @@ pub struct Reader {
     pub read_bytes: AtomicU64,
     /// The last failure, for people.
     failure: Mutex<Option<Failure>>,
+    /// Takes down what is read first, where somebody wants to know.
+    recorder: OnceLock<Arc<Recorder>>,
 }
 
 /// A chunk and the part of an answer that it gives.
@@ -196,6 +207,7 @@ impl Reader {
             ahead: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             failure: Mutex::default(),
+            recorder: OnceLock::new(),
         }
     }
 
@@ -219,6 +231,11 @@ impl Reader {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Has it recorded what is read from now on. Only the first recorder is told.
+    pub fn record(&self, recorder: Arc<Recorder>) {
+        let _ = self.recorder.set(recorder);
+    }
+
     /// Fills `out` with the device's bytes from `offset` on.
     ///
     /// # Errors
@@ -240,6 +257,9 @@ impl Reader {
 
     fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
         let parts = self.parts(offset, out.len())?;
+        if let Some(recorder) = self.recorder.get() {
+            recorder.touch(parts.iter().map(|part| &part.entry));
+        }
         let mut missing = Vec::new();
         for part in parts {
             if part.entry.method == Method::Zeroes.code() {

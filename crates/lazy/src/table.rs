@@ -16,18 +16,41 @@ use crate::{
 /// Seals the entries of a table as leaves: what is stored, and the digests that the metadata has of it.
 #[cfg(feature = "build")]
 pub(crate) fn seal(entries: &[ChunkEntry], key: Option<&MetadataKey>) -> (Vec<u8>, Vec<LeafEntry>) {
-    let key = key.map(|key| AeadKey::new(&key.derive(Part::Leaves)));
+    let mut sealer = LeafSealer::new(key);
     let (mut stored, mut leaves) = (Vec::new(), Vec::new());
-    for (number, entries) in (0u64..).zip(entries.chunks(crate::format::LEAF_ENTRIES)) {
-        let mut leaf = entries.as_bytes().to_vec();
-        if let Some(key) = &key {
-            key.seal(counter(number), b"leaf", &mut leaf);
-        }
-        let offset = entries.first().map_or(0, |entry| entry.offset.get());
-        leaves.push(LeafEntry { offset: offset.into(), digest: sha256(&leaf) });
+    for entries in entries.chunks(crate::format::LEAF_ENTRIES) {
+        let (mut leaf, entry) = sealer.seal(entries);
+        leaves.push(entry);
         stored.append(&mut leaf);
     }
     (stored, leaves)
+}
+
+/// Seals leaves, one after the other.
+#[cfg(feature = "build")]
+pub(crate) struct LeafSealer {
+    key: Option<AeadKey>,
+    number: u64,
+}
+
+#[cfg(feature = "build")]
+impl LeafSealer {
+    /// Begins a table. The key must never have been used for another one.
+    pub(crate) fn new(key: Option<&MetadataKey>) -> Self {
+        Self { key: key.map(|key| AeadKey::new(&key.derive(Part::Leaves))), number: 0 }
+    }
+
+    /// The next leaf, of all entries that belong to it: what is stored, and what the metadata has of it.
+    pub(crate) fn seal(&mut self, entries: &[ChunkEntry]) -> (Vec<u8>, LeafEntry) {
+        let mut leaf = entries.as_bytes().to_vec();
+        if let Some(key) = &self.key {
+            key.seal(counter(self.number), b"leaf", &mut leaf);
+        }
+        self.number += 1;
+        let offset = entries.first().map_or(0, |entry| entry.offset.get());
+        let entry = LeafEntry { offset: offset.into(), digest: sha256(&leaf) };
+        (leaf, entry)
+    }
 }
 
 /// What opens leaves.

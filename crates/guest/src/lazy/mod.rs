@@ -38,6 +38,7 @@ use nacre_lazy::{
     cache::Cache,
     erofs::{self, CheckError},
     fetch::Fetcher,
+    files::Files,
     format::BLOCK,
     image::{Metadata, OpenError, Table},
     pace::Pace,
@@ -170,6 +171,21 @@ pub struct LazyImage {
 }
 
 impl LazyImage {
+    /// Its files, for whoever serves them without mounting it.
+    ///
+    /// # Errors
+    /// [`LazyError::Io`]
+    pub fn files(&self) -> Result<Files, LazyError> {
+        Ok(Files::new(self.tree()?, Arc::clone(&self.reader)))
+    }
+
+    /// Its tree, which was checked.
+    fn tree(&self) -> Result<erofs::Image<File>, LazyError> {
+        let path = self.place.metadata();
+        let file = File::open(&path).map_err(io_error("open the metadata file", &path))?;
+        erofs::Image::open(file).map_err(|error| io_error("read the metadata file", &path)(io::Error::other(error)))
+    }
+
     /// A mount point that goes with the image.
     ///
     /// # Errors
@@ -314,7 +330,7 @@ impl LazyStore {
         LazyMount::resume(image, kept)
     }
 
-    /// Mounts an image on a directory, read-only.
+    /// Mounts an image on a directory, read-only, and begins to follow its trace.
     ///
     /// # Errors
     /// [`LazyError`]; nothing is mounted then.

@@ -1,7 +1,6 @@
 //! A lazy image that is mounted, and how it goes from one process to another.
 
 use std::{
-    fs::File,
     io,
     num::NonZeroUsize,
     os::fd::OwnedFd,
@@ -9,7 +8,6 @@ use std::{
     sync::Arc,
 };
 
-use nacre_lazy::erofs::Image;
 use nacre_sys::{
     erofs as mounts,
     fuse::{Handover, Options as FuseOptions, Parameters, Session},
@@ -148,6 +146,7 @@ impl LazyMount {
             mounts::mount(&metadata, &[&file], mount.target(), &mounts::Options::default())?;
             mount.tree.armed = true;
         }
+        mount.image.reader.follow_trace();
         Ok(mount)
     }
 
@@ -259,8 +258,5 @@ fn serve_device(image: &LazyImage) -> Result<Session, LazyError> {
 }
 
 fn tree(image: &LazyImage) -> Result<tree::TreeFs, LazyError> {
-    let path = image.place.metadata();
-    let file = File::open(&path).map_err(io_error("open the metadata file", &path))?;
-    let tree = Image::open(file).map_err(|error| io_error("read the metadata file", &path)(io::Error::other(error)))?;
-    Ok(tree::TreeFs { reader: Arc::clone(&image.reader), image: tree })
+    Ok(tree::TreeFs { reader: Arc::clone(&image.reader), image: image.tree()? })
 }

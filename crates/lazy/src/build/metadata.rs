@@ -6,19 +6,20 @@ use std::{
 };
 
 use ring::digest::{Context, SHA256};
-use zerocopy::IntoBytes as _;
+use zerocopy::{IntoBytes as _, little_endian as le};
 
 use super::{BuildError, Builder, Built};
 use crate::{
     chunk::sha256,
     erofs::{WriteOptions, write as write_erofs},
-    format::{BLOCK, BlobEntry, CONFIG_LIMIT, DIGEST, LEAVES_LIMIT, Summary},
+    format::{BLOCK, BlobEntry, CONFIG_LIMIT, DIGEST, LEAVES_LIMIT, LeafEntry, Summary},
     frames::FrameWriter,
+    keys::MetadataKey,
     table,
 };
 
 /// zstd's level for metadata: it is small, and every start waits for it.
-const LEVEL: i32 = 9;
+pub(crate) const LEVEL: i32 = 9;
 /// The tag of the EROFS image's device.
 const TAG: &str = "data";
 
@@ -69,18 +70,8 @@ pub(super) fn write<E>(builder: Builder<'_>, config: &[u8]) -> Result<Built, Bui
     let (sealed, leaves) = table::seal(&stored.entries, key.as_ref());
     let mut table = temporary()?;
     table.write_all(&sealed).and_then(|()| table.rewind()).map_err(BuildError::Spool)?;
-    let spooled = |metadata: io::Result<File>| metadata.map_err(BuildError::Spool);
-    let metadata = spooled((|| {
-        let mut frames = FrameWriter::new(BufWriter::new(tempfile::tempfile()?), key.as_ref(), LEVEL)?;
-        for part in [summary.as_bytes(), named.as_bytes(), leaves.as_bytes(), config] {
-            frames.write_all(part)?;
-        }
-        erofs.rewind()?;
-        io::copy(&mut (&erofs).take(erofs_bytes), &mut frames)?;
-        let mut file = frames.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.rewind()?;
-        Ok(file)
-    })())?;
+    let sections = Sections { summary: &summary, blobs: &named, leaves: &leaves, config, trace: &[] };
+    let metadata = write_sections(&sections, &mut erofs, key.as_ref()).map_err(BuildError::Spool)?;
 
     report.content_bytes = content_bytes;
     (report.new_chunks, report.new_bytes, report.shared_bytes) =
@@ -88,6 +79,32 @@ pub(super) fn write<E>(builder: Builder<'_>, config: &[u8]) -> Result<Built, Bui
     report.table_bytes = sealed.len() as u64;
     report.metadata_bytes = metadata.metadata().map_err(BuildError::Spool)?.len();
     Ok(Built { metadata, table, blobs, key, report })
+}
+
+/// What a metadata blob says, but for the EROFS image.
+pub(super) struct Sections<'a> {
+    pub(super) summary: &'a Summary,
+    pub(super) blobs: &'a [BlobEntry],
+    pub(super) leaves: &'a [LeafEntry],
+    pub(super) config: &'a [u8],
+    pub(super) trace: &'a [le::U64],
+}
+
+/// Writes a metadata blob; the EROFS image comes from the beginning of a file.
+pub(super) fn write_sections(sections: &Sections<'_>, erofs: &mut File, key: Option<&MetadataKey>) -> io::Result<File> {
+    let mut frames = FrameWriter::new(BufWriter::new(tempfile::tempfile()?), key, LEVEL)?;
+    let Sections { summary, blobs, leaves, config, trace } = sections;
+    for part in [summary.as_bytes(), blobs.as_bytes(), leaves.as_bytes(), config, trace.as_bytes()] {
+        frames.write_all(part)?;
+    }
+    erofs.rewind()?;
+    let length = summary.erofs_bytes.get();
+    if io::copy(&mut erofs.take(length), &mut frames)? != length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let mut file = frames.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 fn temporary<E>() -> Result<File, BuildError<E>> {

@@ -1,15 +1,16 @@
 //! Making lazy images: layers in, from the lowest up; data blobs, a table and metadata out.
 //!
 //! [`device`] lays file contents out and cuts them; [`pipeline`] compresses, seals and stores the chunks on several threads, in an
-//! order that depends on the input alone; [`layer`] reads tars; [`metadata`] writes what names it all.
+//! order that depends on the input alone; [`layer`] reads tars; [`metadata`] writes what names it all; [`retrace`](mod@retrace) adds a trace.
 //!
 //! The same layers, config, settings and domain give the same bytes. Each layer's new chunks are a blob of their own, which does not
 //! depend on the layers above it, so images on one base share its blobs even where nobody told their builders of each other.
 
 mod device;
 mod layer;
-mod metadata;
+pub(crate) mod metadata;
 mod pipeline;
+mod retrace;
 mod ship;
 
 use std::io::{self, Read};
@@ -27,6 +28,7 @@ use pipeline::{Closed, Place, Settings, Stored};
 
 pub use layer::LayerContent;
 pub use pipeline::DataBlob;
+pub use retrace::{LazyRetrace, RetraceError, Retraced, retrace};
 pub use ship::{LazyRemake, OpenBlob, Shared};
 
 /// How an image is built.
@@ -207,7 +209,7 @@ impl<'a> Builder<'a> {
         Ok(content)
     }
 
-    /// Writes the metadata and the table. `trace` is where in the device the image is read first, in order.
+    /// Writes the metadata and the table.
     ///
     /// # Errors
     /// [`BuildError`]

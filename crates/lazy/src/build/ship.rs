@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     io::Read,
     sync::{Mutex, PoisonError},
 };
@@ -17,7 +18,7 @@ use nacre_oci::{
 use super::{BuildError, BuildOptions, Builder, Built, DataBlob, Report};
 use crate::{
     format::{ARTIFACT_TYPE, ChunkEntry, DATA_TYPE, METADATA_TYPE, SEALED, TABLE_TYPE},
-    keys::Domain,
+    keys::{Domain, MetadataKey},
 };
 
 /// The config of an artifact that has none of its own (image-spec, "Guidelines for Artifact Usage"): ours is in the metadata.
@@ -132,49 +133,72 @@ impl Remake for LazyRemake {
                 Some(&random)
             }
         };
-        let suffix = if domain.is_some() { SEALED } else { "" };
-        let data_type = format!("{DATA_TYPE}{suffix}");
-        let mut built = self.build(image, domain, &data_type)?;
-
-        let mut metadata = image.put(&mut built.metadata, &format!("{METADATA_TYPE}{suffix}"))?;
-        if let (Some(recipients), Some(key)) = (image.recipients(), &built.key) {
-            let key = nacre_core::SecretArray::fill(|slot| slot.copy_from_slice(key.expose()));
-            let crypt = |source| CopyError::Crypt { layer: "metadata".into(), source };
-            let secret = LayerSecret::of_key(key, metadata.digest);
-            recipients.add_to(&mut metadata.annotations, &secret).map_err(crypt)?;
-            metadata.annotations.insert(PUBOPTS_ANNOTATION.into(), PUBLIC_OPTIONS.into());
-        }
-        let (mut layers, mut reused) = (vec![metadata], vec![false]);
-        if built.report.table_bytes > 0 {
-            layers.push(image.put(&mut built.table, &format!("{TABLE_TYPE}{suffix}"))?);
-            reused.push(false);
-        }
+        let data_type = format!("{DATA_TYPE}{}", if domain.is_some() { SEALED } else { "" });
+        let built = self.build(image, domain, &data_type)?;
+        let (mut data, mut reused) = (Vec::new(), Vec::new());
         for blob in &built.blobs {
             let descriptor = descriptor(blob, &data_type)?;
             reused.push(self.bring(image, blob, &descriptor)?);
-            layers.push(descriptor);
+            data.push(descriptor);
         }
-        let mut empty = EMPTY;
-        let config = image.put(&mut empty, EMPTY_TYPE)?;
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner).push(built.report);
-        let copied = layers.iter().zip(reused).map(|(layer, reused)| CopiedLayer {
-            from: layer.digest,
-            to: layer.digest,
-            size: layer.size,
-            media_type: layer.media_type.clone(),
-            reused,
-        });
-        let copied = copied.collect();
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(media::OCI_MANIFEST.into()),
-            artifact_type: Some(ARTIFACT_TYPE.into()),
-            config,
-            layers,
-            subject: None,
-            // What the image's own manifest says of it may name what is sealed now.
-            annotations: BTreeMap::new(),
-        };
-        Ok(Remade { manifest, layers: copied })
+        let Built { metadata, table, key, report, .. } = built;
+        let remade = manifest_of(image, Pieces { metadata, table, key: key.as_ref(), data, reused })?;
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+        Ok(remade)
     }
+}
+
+/// What a lazy image is made of, its data blobs stored already.
+pub(super) struct Pieces<'a> {
+    pub(super) metadata: File,
+    /// Empty where no file has content.
+    pub(super) table: File,
+    /// `None`: it is not sealed.
+    pub(super) key: Option<&'a MetadataKey>,
+    pub(super) data: Vec<Descriptor>,
+    /// Of each data blob, whether the destination had it.
+    pub(super) reused: Vec<bool>,
+}
+
+/// Stores the rest of an image, its key wrapped for whom the copy is for, and gives its manifest.
+pub(super) fn manifest_of(image: &Remaking<'_>, pieces: Pieces<'_>) -> Result<Remade, CopyError> {
+    let Pieces { metadata: mut metadata_file, mut table, key, data, reused: data_reused } = pieces;
+    let suffix = if key.is_some() { SEALED } else { "" };
+    let mut metadata = image.put(&mut metadata_file, &format!("{METADATA_TYPE}{suffix}"))?;
+    if let (Some(recipients), Some(key)) = (image.recipients(), key) {
+        let key = nacre_core::SecretArray::fill(|slot| slot.copy_from_slice(key.expose()));
+        let crypt = |source| CopyError::Crypt { layer: "metadata".into(), source };
+        let secret = LayerSecret::of_key(key, metadata.digest);
+        recipients.add_to(&mut metadata.annotations, &secret).map_err(crypt)?;
+        metadata.annotations.insert(PUBOPTS_ANNOTATION.into(), PUBLIC_OPTIONS.into());
+    }
+    let (mut layers, mut reused) = (vec![metadata], vec![false]);
+    let length = table.metadata().map_err(|source| CopyError::Remake(Box::new(source)))?.len();
+    if length > 0 {
+        layers.push(image.put(&mut table, &format!("{TABLE_TYPE}{suffix}"))?);
+        reused.push(false);
+    }
+    layers.extend(data);
+    reused.extend(data_reused);
+    let mut empty = EMPTY;
+    let config = image.put(&mut empty, EMPTY_TYPE)?;
+    let copied = layers.iter().zip(reused).map(|(layer, reused)| CopiedLayer {
+        from: layer.digest,
+        to: layer.digest,
+        size: layer.size,
+        media_type: layer.media_type.clone(),
+        reused,
+    });
+    let copied = copied.collect();
+    let manifest = Manifest {
+        schema_version: 2,
+        media_type: Some(media::OCI_MANIFEST.into()),
+        artifact_type: Some(ARTIFACT_TYPE.into()),
+        config,
+        layers,
+        subject: None,
+        // What the image's own manifest says of it may name what is sealed now.
+        annotations: BTreeMap::new(),
+    };
+    Ok(Remade { manifest, layers: copied })
 }

@@ -4,3 +4,4 @@
 mod attacks;
 mod images;
 mod support;
+mod traces;

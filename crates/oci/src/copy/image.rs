@@ -30,10 +30,10 @@ pub(super) fn copy(
     let invalid = CopyError::manifest(job.source);
     let manifest = Manifest::parse(raw).map_err(&invalid)?;
     let plan = plan::plan(raw, &manifest, &Wishes::of(job.options, job.sink.location()))?;
-    if let Some(remake) = job.options.remake.filter(|_| !plan.artifact) {
-        let (config, bytes) = config_of(job, &manifest)?;
+    if let Some(remake) = job.options.remake.filter(|remake| remake.wants(&manifest, plan.artifact)) {
+        let config = if plan.artifact { None } else { Some(config_of(job, &manifest)?) };
         let plan = plan::plan(raw, &manifest, &Wishes::to_read(job.options, job.sink.location()))?;
-        let remade = remake.remake(&Remaking::new(job, &manifest, &plan, &config, &bytes))?;
+        let remade = remake.remake(&Remaking::new(job, &manifest, &plan, config))?;
         return Ok((serialise(&remade.manifest, media::OCI_MANIFEST).map_err(invalid)?, remade.layers));
     }
     if plan.artifact && job.options.encrypt.is_some() {

@@ -22,6 +22,12 @@ use crate::{
 
 /// Makes something of an image's layers.
 pub trait Remake: Sync {
+    /// Whether it is for this manifest; what it is not for is copied. An artifact has no layers that are tars, and no config of an image.
+    fn wants(&self, manifest: &Manifest, artifact: bool) -> bool {
+        let _ = manifest;
+        !artifact
+    }
+
     /// Stores what is made, and gives the manifest.
     ///
     /// # Errors
@@ -42,8 +48,8 @@ pub struct Remaking<'a> {
     job: &'a Job<'a>,
     manifest: &'a Manifest,
     plan: &'a ImagePlan,
-    config: &'a ImageConfig,
-    config_bytes: &'a [u8],
+    /// Of an image: parsed, and its bytes.
+    config: Option<(ImageConfig, Vec<u8>)>,
     stop: AtomicBool,
 }
 
@@ -52,10 +58,9 @@ impl<'a> Remaking<'a> {
         job: &'a Job<'a>,
         manifest: &'a Manifest,
         plan: &'a ImagePlan,
-        config: &'a ImageConfig,
-        config_bytes: &'a [u8],
+        config: Option<(ImageConfig, Vec<u8>)>,
     ) -> Self {
-        Self { job, manifest, plan, config, config_bytes, stop: AtomicBool::new(false) }
+        Self { job, manifest, plan, config, stop: AtomicBool::new(false) }
     }
 
     /// The manifest as it is.
@@ -63,9 +68,9 @@ impl<'a> Remaking<'a> {
         self.manifest
     }
 
-    /// The config's bytes, which have the digest that the manifest says.
+    /// The config's bytes, which have the digest that the manifest says; of an artifact none.
     pub fn config(&self) -> &[u8] {
-        self.config_bytes
+        self.config.as_ref().map(|(_, bytes)| &bytes[..]).unwrap_or_default()
     }
 
     /// For whom what is made is to be encrypted.
@@ -95,7 +100,8 @@ impl<'a> Remaking<'a> {
     ) -> Result<T, CopyError> {
         let missing = || CopyError::Unsupported(format!("the image has no layer {index}"));
         let plan = self.plan.layers.get(index).ok_or_else(missing)?;
-        let diff_id = *self.config.rootfs.diff_ids.get(index).ok_or_else(missing)?;
+        let (config, _) = self.config.as_ref().ok_or_else(missing)?;
+        let diff_id = *config.rootfs.diff_ids.get(index).ok_or_else(missing)?;
         let what = plan.source.digest.to_string();
         if plan.compression.is_none() || (crate::crypt::is_encrypted(&plan.source) && !plan.decrypt) {
             let problem = format!("layer {what} is encrypted: give its key with --decryption-key");
@@ -135,6 +141,15 @@ impl<'a> Remaking<'a> {
     /// [`CopyError`]
     pub fn has(&self, descriptor: &Descriptor) -> Result<bool, CopyError> {
         Ok(self.job.sink.has_blob(descriptor)?)
+    }
+
+    /// Copies a blob of this image as it is; whether the destination had it already.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn copy(&self, descriptor: &Descriptor) -> Result<bool, CopyError> {
+        let task = self.progress().begin(&format!("blob {}", descriptor.digest.short()), Some(descriptor.size));
+        layer::verbatim(self.job, descriptor, task.as_ref(), &self.stop)
     }
 
     /// Copies a blob of another image, whose digest is checked.
