@@ -204,11 +204,9 @@ pub(crate) struct PullArgs {
     pub(crate) registry: RegistryArgs,
 }
 
+/// What is run of an image, and how.
 #[derive(Debug, Args)]
-pub(crate) struct RunArgs {
-    /// The image, as for `image pull`
-    #[arg(value_name = "IMAGE")]
-    pub(crate) image: String,
+pub(crate) struct ProcessArgs {
     /// What to run instead of the image's command
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
@@ -227,6 +225,15 @@ pub(crate) struct RunArgs {
     /// The OCI runtime [default: the first of runc, crun and youki on PATH, or else a built-in one]
     #[arg(long, value_name = "RUNTIME")]
     pub(crate) runtime: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The image, as for `image pull`
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
     /// Use the stored image as it is, without asking its registry; the policy is checked all the same
     #[arg(long, conflicts_with = "lazy")]
     pub(crate) offline: bool,
@@ -251,6 +258,8 @@ pub(crate) enum ImageCommand {
     Copy(CopyArgs),
     /// Mount a lazy image, which is read from its registry as it is used
     Mount(Box<lazy::MountArgs>),
+    /// Run a lazy image, and write it with a trace of what the run read first, which later mounts fetch ahead
+    Trace(Box<lazy::TraceArgs>),
     /// Fetch all of a mounted lazy image, so that the registry may go away; returns when it is there
     Complete {
         /// The mount point, or the image as it was named when it was mounted
@@ -266,8 +275,8 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show an image of the store, or of a transport, without pulling it
-    Inspect(InspectArgs),
+    /// Show an image of the store, or of a transport, without pulling it; of a lazy image also its chunks, and what it shares
+    Inspect(Box<InspectArgs>),
     /// Check an image against the policy, without unpacking it; say who vouches for it
     Verify(VerifyArgs),
     /// Remove an image from the store
@@ -289,8 +298,9 @@ pub(crate) enum ImageCommand {
     },
 }
 
+/// Which image is looked at, and how it is shown.
 #[derive(Debug, Args)]
-pub(crate) struct InspectArgs {
+pub(crate) struct LookArgs {
     /// The image: a name or digest of the store, or a location
     #[arg(value_name = "IMAGE")]
     pub(crate) image: String,
@@ -301,17 +311,45 @@ pub(crate) struct InspectArgs {
     #[arg(long)]
     pub(crate) remote: bool,
     #[command(flatten)]
-    pub(crate) broker: BrokerArgs,
-    #[command(flatten)]
     pub(crate) registry: RegistryArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) look: LookArgs,
+    /// Also say how much a lazy image has in common with this one; may be repeated
+    #[arg(long, value_name = "REF")]
+    pub(crate) shared_with: Vec<String>,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
     #[command(flatten)]
-    pub(crate) image: InspectArgs,
+    pub(crate) look: LookArgs,
+    #[command(flatten)]
+    pub(crate) broker: BrokerArgs,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
+}
+
+/// Who signs what is written.
+#[derive(Debug, Args)]
+pub(crate) struct SignArgs {
+    /// Sign with a key: a cosign private key file, or gpg:SECRET-KEY-FILE; may be repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sign: Vec<String>,
+    /// A file with the passphrase of the signing key; its first line counts
+    #[arg(long, value_name = "FILE", requires = "sign")]
+    pub(crate) sign_passphrase_file: Option<PathBuf>,
+    /// The name that the signature is about [default: the destination's]
+    #[arg(long, value_name = "REF", requires = "sign")]
+    pub(crate) sign_identity: Option<String>,
+    /// Sign with sigstore bundles among the referrers, as cosign 3 does, instead of signature tags
+    #[arg(long, requires = "sign")]
+    pub(crate) sign_bundle: bool,
 }
 
 #[derive(Debug, Args)]
@@ -332,15 +370,8 @@ pub(crate) struct CopyArgs {
     /// A key to decrypt layers with; may be repeated
     #[arg(long, value_name = "KEY")]
     pub(crate) decryption_key: Vec<String>,
-    /// Sign with a key: a cosign private key file, or gpg:SECRET-KEY-FILE; may be repeated
-    #[arg(long, value_name = "KEY")]
-    pub(crate) sign: Vec<String>,
-    /// A file with the passphrase of the signing key; its first line counts
-    #[arg(long, value_name = "FILE", requires = "sign")]
-    pub(crate) sign_passphrase_file: Option<PathBuf>,
-    /// The name that the signature is about [default: the destination's]
-    #[arg(long, value_name = "REF", requires = "sign")]
-    pub(crate) sign_identity: Option<String>,
+    #[command(flatten)]
+    pub(crate) sign: SignArgs,
     /// Copy every platform of an index
     #[arg(long)]
     pub(crate) all: bool,
@@ -350,9 +381,6 @@ pub(crate) struct CopyArgs {
     /// Compress plain layers anew: gzip, zstd or none
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) compression: Option<String>,
-    /// Sign with sigstore bundles among the referrers, as cosign 3 does, instead of signature tags
-    #[arg(long, requires = "sign")]
-    pub(crate) sign_bundle: bool,
     /// Copy only what this trust policy lets in [default: no policy; a copy is not made trusted by being made]
     #[arg(long, value_name = "FILE")]
     pub(crate) policy: Option<PathBuf>,

@@ -5,7 +5,7 @@
 use std::os::raw::c_int;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 
 const FORWARDED: [c_int; 7] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
@@ -76,6 +76,12 @@ impl Drop for Forward {
     }
 }
 
+/// Sends a signal to the child that signals are passed on to; whether there is one.
+pub fn send_to_child(signal: Signal) -> bool {
+    let target = Pid::from_raw(TARGET.load(Ordering::SeqCst));
+    target.is_some_and(|child| rustix::process::kill_process(child, signal).is_ok())
+}
+
 fn install(signal: c_int) -> Option<libc::sigaction> {
     // SAFETY: sigaction is a C struct of integers, a signal set and a function address, for all of which zero is a valid value. The
     // handler has the type that SA_SIGINFO asks for, is never unloaded, and is async-signal-safe (see there).
@@ -126,8 +132,6 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
-    use rustix::process::Signal;
-
     use super::*;
 
     #[test]
@@ -141,6 +145,13 @@ mod tests {
         let mut child = Command::new("sleep").arg("100").spawn().unwrap();
         forward.to(Pid::from_child(&child));
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGUSR1));
+        drop(forward);
+        assert!(!send_to_child(Signal::TERM), "there is no child any more");
+        let forward = Forward::prepare(Terminal::Shared).unwrap();
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        forward.to(Pid::from_child(&child));
+        assert!(send_to_child(Signal::KILL));
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
         drop(forward);
         assert!(Forward::prepare(Terminal::Ours).is_ok());
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{KeyArgs, RegistryArgs, TrustArgs};
+use super::{KeyArgs, ProcessArgs, RegistryArgs, SignArgs, TrustArgs};
 use crate::size::Size;
 
 /// How an image becomes a filesystem.
@@ -94,6 +94,37 @@ pub(crate) struct ServeArgs {
     /// End when nothing was mounted for so many seconds
     #[arg(long, default_value_t = 30)]
     pub(crate) idle: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TraceArgs {
+    /// The image, which `image copy --lazy` made
+    #[arg(value_name = "REF")]
+    pub(crate) image: String,
+    /// Where the image with the trace shall go
+    #[arg(value_name = "DEST")]
+    pub(crate) destination: String,
+    /// End the run after so many seconds, if it has not ended itself: SIGTERM, and SIGKILL ten seconds later
+    #[arg(long = "for", value_name = "SECONDS")]
+    pub(crate) seconds: Option<u64>,
+    /// For whom an encrypted image is encrypted, as for `image copy`; may be repeated
+    #[arg(long, value_name = "KEY")]
+    pub(crate) encrypt: Vec<String>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) sign: SignArgs,
+    #[command(flatten)]
+    pub(crate) lazy: LazyArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+    #[command(flatten)]
+    pub(crate) keys: KeyArgs,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
 }
 
 /// How a lazy image is made.

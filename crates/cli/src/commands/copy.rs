@@ -4,7 +4,6 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use nacre_core::{KeySource, KeySourceError, ResourceUri, SecretBytes, SystemClock};
-use nacre_lazy::build::LazyRemake;
 use nacre_oci::{
     copy::{
         self, Copied, CopyOptions, EncryptLayers, ExistingSignatures, Platforms, Recompress, Remake, Sign, SigningKey,
@@ -21,11 +20,11 @@ use nacre_oci::{
         sign::{CosignKey, GpgKey},
     },
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::lazy;
 use crate::{
-    args::{CopyArgs, Global},
+    args::{CopyArgs, Global, SignArgs},
     exit::Usage,
     output,
     progress::size,
@@ -57,8 +56,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         [] => EncryptLayers::All,
         some => EncryptLayers::Some(some.iter().copied().map(i64::from).collect()),
     };
-    let keys = signing_keys(args)?;
-    let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
+    let signing = Signing::of(&args.sign)?;
     let source = open_source(&location(&args.source, &client)?, &client)?;
     let sink = open_sink(&location(&args.destination, &client)?, &client)?;
     let source = match &args.policy {
@@ -82,8 +80,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         encrypt: (!args.encrypt.is_empty()).then_some((&recipients, &layers)),
         remake: make_lazy.as_ref().map(|remake| -> &dyn Remake { remake }),
         signatures: if args.remove_signatures { ExistingSignatures::Remove } else { ExistingSignatures::Keep },
-        sign: (!keys.is_empty())
-            .then(|| Sign { keys: keys.iter().map(|key| key.as_signing(args.sign_bundle)).collect(), identity }),
+        sign: signing.sign(),
         lookaside: Some(&lookaside),
         progress: &*setup.progress,
         ..CopyOptions::default()
@@ -92,10 +89,10 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     if let Some(made) = &make_lazy {
         lazy::note(made, &*setup.progress);
     }
-    report(args, &copied, make_lazy.as_ref())
+    report(args.json, &copied, make_lazy.as_ref().map(|made| ("lazy", lazy::reports(made))))
 }
 
-fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
+pub(super) fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
     if Location::has_transport(text) {
         return Ok(text.parse()?);
     }
@@ -183,7 +180,27 @@ impl OwnedKey {
     }
 }
 
-fn signing_keys(args: &CopyArgs) -> anyhow::Result<Vec<OwnedKey>> {
+/// Who signs what is written, as the arguments say.
+pub(super) struct Signing {
+    keys: Vec<OwnedKey>,
+    bundle: bool,
+    identity: Option<ImageRef>,
+}
+
+impl Signing {
+    pub(super) fn of(args: &SignArgs) -> anyhow::Result<Self> {
+        let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
+        Ok(Self { keys: signing_keys(args)?, bundle: args.sign_bundle, identity })
+    }
+
+    /// `None`: nobody.
+    pub(super) fn sign(&self) -> Option<Sign<'_>> {
+        let keys = self.keys.iter().map(|key| key.as_signing(self.bundle)).collect();
+        (!self.keys.is_empty()).then(|| Sign { keys, identity: self.identity.clone() })
+    }
+}
+
+fn signing_keys(args: &SignArgs) -> anyhow::Result<Vec<OwnedKey>> {
     let passphrase = args.sign_passphrase_file.as_deref().map(first_line).transpose()?;
     let read = |path: &str| {
         let bytes = std::fs::read(path).with_context(|| format!("{path}: the signing key"))?;
@@ -208,8 +225,9 @@ fn first_line(path: &Path) -> anyhow::Result<SecretBytes> {
     Ok(SecretBytes::new(line.to_vec()))
 }
 
-fn report(args: &CopyArgs, copied: &Copied, lazy: Option<&LazyRemake>) -> anyhow::Result<()> {
-    if !args.json {
+/// Prints what was written, with a field more where there is something to add.
+pub(super) fn report(json: bool, copied: &Copied, more: Option<(&str, Value)>) -> anyhow::Result<()> {
+    if !json {
         return Ok(output::line(copied.digest)?);
     }
     let layers = |image: &copy::CopiedImage| {
@@ -233,8 +251,8 @@ fn report(args: &CopyArgs, copied: &Copied, lazy: Option<&LazyRemake>) -> anyhow
         "signatures_kept": copied.signatures_kept,
         "signatures_made": copied.signatures_made,
     });
-    if let (Some(made), Some(fields)) = (lazy, all.as_object_mut()) {
-        fields.insert("lazy".into(), lazy::reports(made));
+    if let (Some((name, value)), Some(fields)) = (more, all.as_object_mut()) {
+        fields.insert(name.into(), value);
     }
     output::json(&all)
 }

@@ -1,8 +1,7 @@
-//! `nacre image`: pull, ls, inspect, verify, rm, gc, umount; the others are in modules of their own.
+//! `nacre image`: pull, ls, verify, rm, gc, umount; the others are in modules of their own.
 
 use std::path::Path;
 
-use anyhow::Context as _;
 use nacre_guest::{
     bundle::Overrides,
     images::PulledImage,
@@ -16,7 +15,7 @@ use nacre_oci::{
 use serde_json::{Value, json};
 
 use crate::{
-    args::{Global, ImageCommand, InspectArgs, PullArgs, VerifyArgs},
+    args::{Global, ImageCommand, LookArgs, PullArgs, VerifyArgs},
     lazyd::Shown,
     output,
     progress::size,
@@ -31,8 +30,9 @@ pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<i
         ImageCommand::Mount(args) => return super::mounts::mount(global, args),
         ImageCommand::Complete { what } => super::mounts::complete(global, what),
         ImageCommand::Daemon(command) => return super::mounts::daemon(global, command),
+        ImageCommand::Trace(args) => super::trace::trace(global, args),
         ImageCommand::Ls { json } => list(global, *json),
-        ImageCommand::Inspect(args) => inspect(global, args),
+        ImageCommand::Inspect(args) => super::inspect::inspect(global, args),
         ImageCommand::Verify(args) => verify(global, args),
         ImageCommand::Rm { images } => remove(global, images),
         ImageCommand::Gc { json } => collect(global, *json),
@@ -169,7 +169,7 @@ fn image_bytes(store: &Store, image: &ImageRecord) -> u64 {
     records.map(|record| record.applied.content_bytes).sum()
 }
 
-fn stored_json(store: &Store, name: &RefRecord, image: &ImageRecord) -> Value {
+pub(super) fn stored_json(store: &Store, name: &RefRecord, image: &ImageRecord) -> Value {
     json!({
         "name": name.name,
         "manifest": image.manifest,
@@ -183,7 +183,7 @@ fn stored_json(store: &Store, name: &RefRecord, image: &ImageRecord) -> Value {
 }
 
 /// The stored image of a name, unless the remote one is asked for or there is none.
-fn stored(service: &ImageService, args: &InspectArgs) -> anyhow::Result<Option<RefRecord>> {
+pub(super) fn stored(service: &ImageService, args: &LookArgs) -> anyhow::Result<Option<RefRecord>> {
     if args.remote {
         return Ok(None);
     }
@@ -194,76 +194,9 @@ fn stored(service: &ImageService, args: &InspectArgs) -> anyhow::Result<Option<R
     }
 }
 
-fn inspect(global: &Global, args: &InspectArgs) -> anyhow::Result<()> {
+fn verify(global: &Global, VerifyArgs { look: args, broker, trust }: &VerifyArgs) -> anyhow::Result<()> {
     setup::privileged()?;
-    let service = Setup::new(global, true)?.without_policy(&args.broker, &args.registry)?.service()?;
-    let (name, manifest, config) = match stored(&service, args)? {
-        Some(name) => {
-            let store = service.images().store();
-            let image = store.image(&name.manifest)?.context("the image has gone meanwhile")?;
-            let manifest = store.image_manifest(&image.manifest)?.unwrap_or_default();
-            (stored_json(store, &name, &image), manifest, serde_json::to_value(&image.config)?)
-        }
-        None => {
-            let found = service.with_source(&args.image, |source| service.images().inspect(source))?;
-            let name = json!({ "name": found.name, "chain": found.chain });
-            (name, found.manifest, serde_json::to_value(&found.config)?)
-        }
-    };
-    let manifest: Value = serde_json::from_slice(&manifest)?;
-    let mut all = name;
-    if let Some(fields) = all.as_object_mut() {
-        fields.insert("manifest_document".into(), manifest);
-        fields.insert("config".into(), config);
-    }
-    if args.json {
-        return output::json(&all);
-    }
-    Ok(show_inspected(&all)?)
-}
-
-fn show_inspected(all: &Value) -> std::io::Result<()> {
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    for key in ["name", "manifest", "pulled", "admitted"] {
-        if let Some(value) = all.get(key) {
-            output::line(format_args!("{key:<10} {}", text(value)))?;
-        }
-    }
-    for (digest, what) in
-        all.get("chain").and_then(Value::as_array).into_iter().flatten().rev().zip(["manifest", "index"])
-    {
-        output::line(format_args!("{what:<10} {}", text(digest)))?;
-    }
-    let config = |pointer: &str| all.pointer(pointer).map(Value::to_string).unwrap_or_default();
-    if all["config"].is_null() {
-        output::line(
-            "lazy       its config and its tree are in the metadata, layer 0; the table is layer 1, data the others",
-        )?;
-    } else {
-        let platform = (text(&all["config"]["os"]), text(&all["config"]["architecture"]));
-        output::line(format_args!("platform   {}/{}", platform.0, platform.1))?;
-        output::line(format_args!(
-            "command    {} {}",
-            config("/config/config/Entrypoint"),
-            config("/config/config/Cmd")
-        ))?;
-    }
-    for (index, layer) in
-        all.pointer("/manifest_document/layers").and_then(Value::as_array).into_iter().flatten().enumerate()
-    {
-        let bytes = size(layer["size"].as_u64().unwrap_or_default());
-        output::line(format_args!(
-            "layer {index:<4} {} {bytes:>11} {}",
-            text(&layer["digest"]),
-            text(&layer["mediaType"])
-        ))?;
-    }
-    Ok(())
-}
-
-fn verify(global: &Global, VerifyArgs { image: args, trust }: &VerifyArgs) -> anyhow::Result<()> {
-    setup::privileged()?;
-    let service = Setup::new(global, true)?.with(trust, &args.broker, &args.registry)?.service()?;
+    let service = Setup::new(global, true)?.with(trust, broker, &args.registry)?.service()?;
     let (place, admission) = match stored(&service, args)? {
         Some(name) => ("in the store", service.images().verify_stored(&name)?),
         None => ("at its source", service.with_source(&args.image, |source| service.images().verify(source))?),

@@ -61,14 +61,24 @@ fn domain(path: &Path) -> anyhow::Result<Domain> {
     Ok(Domain::new(&secret))
 }
 
-/// Opens a lazy image whose chunks are to be shared. Nothing of it is believed: a chunk is shared where its bytes are what the build makes.
-fn share(source: Arc<dyn ImageSource>, keyring: &Keyring, platform: &Platform) -> anyhow::Result<Shared> {
+/// The manifest that a source has, of an index the one for the platform; nobody vouches for it.
+pub(crate) fn manifest(source: &dyn ImageSource, platform: &Platform) -> anyhow::Result<Manifest> {
     let mut raw = source.manifest(None)?.peek().clone();
     if raw.is_index() {
         let digest = Index::parse(&raw)?.choose(platform)?.digest;
         raw = verify_manifest(source.manifest(Some(&digest))?, &digest)?.into_inner();
     }
-    let artifact = Artifact::parse(&Manifest::parse(&raw)?)?;
+    Ok(Manifest::parse(&raw)?)
+}
+
+/// The platform that is configured, or this machine's.
+pub(crate) fn platform(configured: Option<&str>) -> anyhow::Result<Platform> {
+    Ok(configured.map(str::parse).transpose()?.unwrap_or_else(Platform::host))
+}
+
+/// Opens a lazy image whose chunks are to be shared. Nothing of it is believed: a chunk is shared where its bytes are what the build makes.
+fn share(source: Arc<dyn ImageSource>, keyring: &Keyring, platform: &Platform) -> anyhow::Result<Shared> {
+    let artifact = Artifact::parse(&manifest(&*source, platform)?)?;
     let key = artifact.unwrap(keyring)?;
     let mut nowhere = tempfile::tempfile().context("a temporary file")?;
     let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut nowhere, None)?;

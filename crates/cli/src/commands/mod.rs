@@ -6,9 +6,11 @@ pub(crate) mod copy;
 pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod image;
+pub(crate) mod inspect;
 pub(crate) mod lazy;
 pub(crate) mod mounts;
 pub(crate) mod run;
+pub(crate) mod trace;
 
 use nacre_guest::store::{RefRecord, Store, StoreError};
 use nacre_oci::reference::Location;

@@ -275,7 +275,7 @@ fn run_alone(
     ran
 }
 
-fn run_mounted(
+pub(super) fn run_mounted(
     service: &ImageService,
     manifest: &Digest,
     mounted: &Path,

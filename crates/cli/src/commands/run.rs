@@ -7,7 +7,7 @@ use nacre_guest::{
 };
 
 use crate::{
-    args::{Global, RunArgs},
+    args::{Global, ProcessArgs, RunArgs},
     setup::{self, Setup},
 };
 
@@ -17,8 +17,8 @@ pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     let setup = Setup::new(global, false)?.with_keys(&args.keys).with_lazy(&args.lazy_options);
     let service = setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()?;
     let service = super::mounts::by_daemon(global, service, true);
-    let runtime = Runtime::find(args.runtime.as_deref())?;
-    let overrides = overrides(args);
+    let runtime = Runtime::find(args.process.runtime.as_deref())?;
+    let overrides = overrides(&args.process);
     if args.lazy {
         return super::mounts::run(global, &service, args, &overrides, &runtime);
     }
@@ -26,7 +26,7 @@ pub(crate) fn run(global: &Global, args: &RunArgs) -> anyhow::Result<i32> {
     run_pulled(&service, &pulled, &overrides, &runtime)
 }
 
-fn overrides(args: &RunArgs) -> Overrides {
+pub(crate) fn overrides(args: &ProcessArgs) -> Overrides {
     Overrides {
         args: (!args.command.is_empty()).then(|| args.command.clone()),
         // What stands after `--` is the whole command, as `ctr run` takes it.

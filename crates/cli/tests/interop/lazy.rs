@@ -98,7 +98,7 @@ impl Drop for Mounted<'_> {
 }
 
 /// What find(1) and sha256sum(1) say of a tree.
-fn listing(root: &Path) -> String {
+pub(crate) fn listing(root: &Path) -> String {
     let script = "find . -printf '%P %y %m %U:%G %T@ %s %l\\n' | grep -v ' d ' | sort; find . -type d -printf '%P %m %U:%G\\n' | sort; \
                   find . -type f -print0 | sort -z | xargs -0 sha256sum";
     String::from_utf8(run(Command::new("sh").args(["-c", script]).current_dir(root)).stdout).unwrap()

@@ -10,4 +10,5 @@ mod registry;
 mod runtimes;
 mod stored;
 mod support;
+mod traces;
 mod trees;
