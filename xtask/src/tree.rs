@@ -20,6 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-lazy", &["nacre-core", "nacre-oci"]),
     ("nacre-export", &["nacre-core", "nacre-sys"]),
     ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-lazy", "nacre-oci", "nacre-sys"]),
+    ("nacre-capi", &["nacre-core", "nacre-guest", "nacre-lazy", "nacre-oci"]),
     ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys"]),
     (
         "nacre-cli",
