@@ -83,6 +83,7 @@ impl MetadataKey {
         let label: &[u8] = match part {
             Part::Frames => b"nacre lazy 1 frames",
             Part::Leaves => b"nacre lazy 1 leaves",
+            Part::Windows => b"nacre lazy 1 windows",
         };
         let tag = hmac::sign(&key, label);
         SecretArray::fill(|slot| slot.copy_from_slice(tag.as_ref()))
@@ -100,6 +101,8 @@ impl std::fmt::Debug for MetadataKey {
 pub(crate) enum Part {
     Frames,
     Leaves,
+    /// Windows of an index.
+    Windows,
 }
 
 /// The nonce of a frame or a leaf: its number.

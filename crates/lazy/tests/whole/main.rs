@@ -3,4 +3,5 @@
 
 mod attacks;
 mod images;
+mod index;
 mod support;
