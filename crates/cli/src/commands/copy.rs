@@ -57,7 +57,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
         [] => EncryptLayers::All,
         some => EncryptLayers::Some(some.iter().copied().map(i64::from).collect()),
     };
-    let keys = signing_keys(args)?;
+    let keys = signing_keys(&args.sign, args.sign_passphrase_file.as_deref())?;
     let identity = args.sign_identity.as_deref().map(str::parse::<ImageRef>).transpose()?;
     let source = open_source(&location(&args.source, &client)?, &client)?;
     let sink = open_sink(&location(&args.destination, &client)?, &client)?;
@@ -95,7 +95,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     report(args, &copied, make_lazy.as_ref())
 }
 
-fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
+pub(super) fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
     if Location::has_transport(text) {
         return Ok(text.parse()?);
     }
@@ -105,7 +105,7 @@ fn location(text: &str, client: &Client) -> anyhow::Result<Location> {
 }
 
 /// What the policy lets in: the image for the platform, or with `--all` the index.
-fn admitted<'a>(
+pub(super) fn admitted<'a>(
     source: &'a dyn ImageSource,
     policy: &Path,
     lookaside: &LookasideConfig,
@@ -168,13 +168,13 @@ fn recompress(text: &str) -> anyhow::Result<Recompress> {
     Ok(Recompress { to, level: None })
 }
 
-enum OwnedKey {
+pub(super) enum OwnedKey {
     Cosign(CosignKey),
     Gpg(Box<GpgKey>),
 }
 
 impl OwnedKey {
-    fn as_signing(&self, bundle: bool) -> SigningKey<'_> {
+    pub(super) fn as_signing(&self, bundle: bool) -> SigningKey<'_> {
         match self {
             Self::Cosign(key) if bundle => SigningKey::Bundle(key),
             Self::Cosign(key) => SigningKey::Cosign(key),
@@ -183,8 +183,8 @@ impl OwnedKey {
     }
 }
 
-fn signing_keys(args: &CopyArgs) -> anyhow::Result<Vec<OwnedKey>> {
-    let passphrase = args.sign_passphrase_file.as_deref().map(first_line).transpose()?;
+pub(super) fn signing_keys(sign: &[String], passphrase_file: Option<&Path>) -> anyhow::Result<Vec<OwnedKey>> {
+    let passphrase = passphrase_file.map(first_line).transpose()?;
     let read = |path: &str| {
         let bytes = std::fs::read(path).with_context(|| format!("{path}: the signing key"))?;
         anyhow::Ok(SecretBytes::new(bytes))
@@ -199,7 +199,7 @@ fn signing_keys(args: &CopyArgs) -> anyhow::Result<Vec<OwnedKey>> {
             Ok(OwnedKey::Cosign(key.with_context(|| format!("{text}: the signing key"))?))
         }
     };
-    args.sign.iter().map(key).collect()
+    sign.iter().map(key).collect()
 }
 
 fn first_line(path: &Path) -> anyhow::Result<SecretBytes> {

@@ -27,6 +27,7 @@ pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<i
     match command {
         ImageCommand::Pull(args) => pull(global, args),
         ImageCommand::Copy(args) => super::copy::copy(global, args),
+        ImageCommand::Index(args) => super::index::index(global, args),
         ImageCommand::Mount(args) => return super::lazy::mount(global, args),
         ImageCommand::Ls { json } => list(global, *json),
         ImageCommand::Inspect(args) => inspect(global, args),
