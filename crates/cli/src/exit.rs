@@ -76,7 +76,10 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
                 Some(Exit::Io)
             }
             LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Some(Exit::Io),
-            LazyError::Artifact(_)
+            LazyError::NoIndex { tried, .. } if tried.is_empty() => Some(Exit::NotFound),
+            LazyError::NoIndex { .. }
+            | LazyError::Index(_)
+            | LazyError::Artifact(_)
             | LazyError::Open(_)
             | LazyError::Check(_)
             | LazyError::Device { .. }

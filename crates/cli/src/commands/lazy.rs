@@ -80,7 +80,7 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     let reader = Arc::clone(&mounted.image.reader);
     if args.complete {
         // It ends with the process; what is missing then is fetched another time.
-        thread::spawn(move || match reader.complete(|_| true) {
+        thread::spawn(move || match reader.complete(&mut |_| true) {
             Ok(()) => tracing::info!("all of the image is here"),
             Err(error) => tracing::warn!("the image stays incomplete: {error}"),
         });

@@ -14,16 +14,16 @@ use serde_json::Value;
 
 use crate::support::{Place, assert_refused, runnable, said};
 
-const PULL: [&str; 2] = ["--insecure-registry", "--insecure-policy"];
+pub(crate) const PULL: [&str; 2] = ["--insecure-registry", "--insecure-policy"];
 
-struct Scene {
-    place: Place,
-    registry: DockerRegistry,
+pub(crate) struct Scene {
+    pub(crate) place: Place,
+    pub(crate) registry: DockerRegistry,
 }
 
 impl Scene {
     /// A registry, a key pair, a domain's key, and an image in a layout.
-    fn new(image: &Image) -> Option<Self> {
+    pub(crate) fn new(image: &Image) -> Option<Self> {
         if !root() {
             return None;
         }
@@ -41,7 +41,7 @@ impl Scene {
         Some(Self { place, registry })
     }
 
-    fn name(&self, tag: &str) -> String {
+    pub(crate) fn name(&self, tag: &str) -> String {
         format!("docker://{}/lazy:{tag}", self.registry.host())
     }
 
@@ -54,7 +54,7 @@ impl Scene {
     }
 
     /// Mounts an image with the options; it is unmounted at the end.
-    fn mount(&self, image: &str, options: &[&str]) -> Result<Mounted<'_>, Output> {
+    pub(crate) fn mount(&self, image: &str, options: &[&str]) -> Result<Mounted<'_>, Output> {
         let target = self.place.at("mounted");
         let _ = fs::create_dir(&target);
         let key = self.place.text("key.pem");
@@ -64,9 +64,9 @@ impl Scene {
     }
 }
 
-struct Mounted<'a> {
+pub(crate) struct Mounted<'a> {
     place: &'a Place,
-    target: PathBuf,
+    pub(crate) target: PathBuf,
 }
 
 impl Mounted<'_> {
@@ -93,19 +93,24 @@ impl Drop for Mounted<'_> {
 }
 
 /// What find(1) and sha256sum(1) say of a tree.
-fn listing(root: &Path) -> String {
+pub(crate) fn listing(root: &Path) -> String {
     let script = "find . -printf '%P %y %m %U:%G %T@ %s %l\\n' | grep -v ' d ' | sort; find . -type d -printf '%P %m %U:%G\\n' | sort; \
                   find . -type f -print0 | sort -z | xargs -0 sha256sum";
     String::from_utf8(run(Command::new("sh").args(["-c", script]).current_dir(root)).stdout).unwrap()
 }
 
 /// What does not compress.
-fn noise() -> Vec<u8> {
+pub(crate) fn noise() -> Vec<u8> {
     let mixed = |at: u32| at.wrapping_mul(2_654_435_761).to_le_bytes()[2];
     (0..700_000).map(mixed).collect()
 }
 
-fn rich() -> Image {
+pub(crate) fn rich() -> Image {
+    let [lower, upper] = rich_layers();
+    Image::builder().layer_of(lower, Compression::Gzip).layer_of(upper, Compression::Gzip).build()
+}
+
+pub(crate) fn rich_layers() -> [Layer; 2] {
     let noise = noise();
     let lower = Layer::of([
         Entry::dir("etc").mode(0o750).owner(3, 4).mtime(1_600_000_000, 500),
@@ -129,7 +134,7 @@ fn rich() -> Image {
         Entry::symlink("to", "etc"),
         Entry::file("to/by-link", "by a link"),
     ]);
-    Image::builder().layer_of(lower, Compression::Gzip).layer_of(upper, Compression::Gzip).build()
+    [lower, upper]
 }
 
 #[test]

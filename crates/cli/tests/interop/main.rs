@@ -2,6 +2,7 @@
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test")]
 
+mod index;
 mod lazy;
 mod random;
 mod registry;

@@ -12,6 +12,7 @@
 //! Invariant: nothing is mounted of an image that was not admitted, and nothing that [`erofs::check()`] refuses.
 
 mod device;
+mod indexed;
 mod tree;
 
 use std::{
@@ -26,12 +27,14 @@ use std::{
 
 use nacre_core::Digest;
 use nacre_lazy::{
-    artifact::{Artifact, ArtifactError, ImageBlobs, metadata_stream},
+    artifact::{Artifact, ArtifactError, ImageBlobs, is_lazy, metadata_stream},
     cache::Cache,
+    device::DeviceReader,
     erofs::{self, CheckError, Image},
     fetch::Fetcher,
     format::BLOCK,
     image::{Metadata, OpenError, Table},
+    index::IndexError,
     reader::{Reader, Shared},
 };
 use nacre_oci::{
@@ -96,6 +99,21 @@ pub enum LazyError {
     /// It is no lazy image, or its key is not released to us.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// It is an ordinary image, and there is no index that may be used.
+    #[error(
+        "{image} is an ordinary image and has no index {}; make one with `nacre image index` (and sign it, where the policy \
+         wants that), or a lazy image with `nacre image copy --lazy`",
+        if tried.is_empty() { "beside it".to_owned() } else { format!("that can be used: {}", tried.join("; ")) }
+    )]
+    NoIndex {
+        /// The image.
+        image: String,
+        /// Indexes that there are, and what is wrong with each.
+        tried: Vec<String>,
+    },
+    /// Its index is none, or another image's.
+    #[error(transparent)]
+    Index(#[from] IndexError),
     /// Its metadata is not what the manifest names, or not what was encrypted.
     #[error("the metadata of the lazy image: {0}")]
     Open(#[from] OpenError),
@@ -151,7 +169,7 @@ pub struct LazyImage {
     /// What to run, as whom.
     pub config: ImageConfig,
     /// Its data device.
-    pub reader: Arc<Reader>,
+    pub reader: Arc<dyn DeviceReader>,
     /// Its directory below `mounts`, which goes with this.
     place: Place,
 }
@@ -244,6 +262,9 @@ impl LazyStore {
     /// [`LazyError`]
     pub fn image(&self, images: &Images, source: Arc<dyn ImageSource>) -> Result<LazyImage, LazyError> {
         let (manifest, admission) = images.admit_lazy(&*source)?;
+        if !is_lazy(&manifest) {
+            return self.indexed(images, &source, &manifest, admission);
+        }
         let artifact = Artifact::parse(&manifest)?;
         let key = artifact.unwrap(images.keyring())?;
         let mut place = Place::new(&self.options.directory.join(MOUNTS))?;
@@ -252,11 +273,7 @@ impl LazyStore {
         let metadata = Metadata::read(&mut stream, &artifact.metadata.digest, key.as_ref(), &mut place.erofs)?;
         metadata.check_blobs(&artifact.blobs())?;
         let config = ImageConfig::of_verified(&metadata.config)?;
-        let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
-        let blocks = metadata.summary.device_bytes.get() / BLOCK;
-        if u64::from(checked.device_blocks) != blocks {
-            return Err(LazyError::Device { tree: checked.device_blocks.into(), table: blocks });
-        }
+        check_tree(&place, metadata.summary.device_bytes.get())?;
         let (table, summary, blobs) = Table::new(metadata, artifact.table_blob());
         let blobs_of = Arc::new(ImageBlobs::new(source, &artifact));
         let reader = Arc::new(Reader::new(Arc::clone(&self.shared), blobs_of, table, summary, blobs));
@@ -301,6 +318,16 @@ impl LazyStore {
         mounts::mount(&image.place.metadata(), devices, target, &mounts::Options::default())?;
         Ok(Served::Erofs(session))
     }
+}
+
+/// Checks the tree before a kernel or a front end of ours sees it, and that it is of the device that there is.
+fn check_tree(place: &Place, device_bytes: u64) -> Result<(), LazyError> {
+    let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
+    let blocks = device_bytes / BLOCK;
+    if u64::from(checked.device_blocks) == blocks {
+        return Ok(());
+    }
+    Err(LazyError::Device { tree: checked.device_blocks.into(), table: blocks })
 }
 
 /// Removes what killed processes left: their data devices, which nobody answers for, and the metadata. Their mounts stay, and give errors,
