@@ -141,7 +141,10 @@ fn lazy(error: &LazyError) -> Errno {
         }
         LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Errno::IO,
         LazyError::Fuse(_) | LazyError::Erofs(_) | LazyError::Grant(_) => Errno::IO,
-        LazyError::Artifact(_)
+        LazyError::NoIndex { tried, .. } if tried.is_empty() => Errno::INVAL,
+        LazyError::NoIndex { .. }
+        | LazyError::Index(_)
+        | LazyError::Artifact(_)
         | LazyError::Open(_)
         | LazyError::Check(_)
         | LazyError::Device { .. }

@@ -71,7 +71,7 @@ impl Store {
         let config = serde_json::to_vec(&image.config).map_err(|error| Failure::new(Errno::IO, error.to_string()))?;
         let terminated = |bytes: Vec<u8>| CString::new(bytes).map_err(|error| Failure::invalid(error.to_string()));
         let (config, digest) = (terminated(config)?, terminated(image.manifest.to_string().into_bytes())?);
-        image.reader.follow_trace();
+        image.follow_trace();
         Ok(OpenImage { files, config, digest, _image: image })
     }
 }

@@ -1,6 +1,7 @@
 //! The command line: noun, then verb. This module only says what there is; `commands` does it.
 
 pub(crate) mod disk;
+pub(crate) mod index;
 pub(crate) mod lazy;
 
 use std::path::PathBuf;
@@ -256,7 +257,9 @@ pub(crate) enum ImageCommand {
     Pull(PullArgs),
     /// Copy an image between transports; encrypt, decrypt, sign on the way
     Copy(CopyArgs),
-    /// Mount a lazy image, which is read from its registry as it is used
+    /// Make an index of an ordinary image and put it beside it, so that it can be mounted, too, before it is downloaded
+    Index(Box<index::IndexArgs>),
+    /// Mount a lazy image, or an ordinary one that has an index: it is read from its registry as it is used
     Mount(Box<lazy::MountArgs>),
     /// Run a lazy image, and write it with a trace of what the run read first, which later mounts fetch ahead
     Trace(Box<lazy::TraceArgs>),

@@ -77,9 +77,13 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             }
             LazyError::Open(OpenError::Frames(FrameError::Io(_))) => Some(Exit::Io),
             LazyError::Grant(_) => None,
-            LazyError::Open(_) | LazyError::Check(_) | LazyError::Device { .. } | LazyError::Config(_) => {
-                Some(Exit::NotTrusted)
-            }
+            LazyError::NoIndex { tried, .. } if tried.is_empty() => Some(Exit::NotFound),
+            LazyError::NoIndex { .. }
+            | LazyError::Index(_)
+            | LazyError::Open(_)
+            | LazyError::Check(_)
+            | LazyError::Device { .. }
+            | LazyError::Config(_) => Some(Exit::NotTrusted),
         };
     }
     if let Some(error) = error.downcast_ref::<ArtifactError>() {

@@ -1,6 +1,7 @@
 //! `nacre`: trusted storage for confidential containers, from the command line.
 
 mod args;
+mod background;
 mod commands;
 mod demo;
 mod exit;

@@ -12,6 +12,7 @@ mod attestation;
 mod disks;
 mod encryption;
 mod images;
+mod indexes;
 mod layers;
 mod lazy;
 mod names;
@@ -70,6 +71,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "erofs_check", run: lazy::erofs, seeds: lazy::erofs_images },
     Target { name: "lazy_metadata", run: lazy::metadata, seeds: lazy::metadata_blobs },
     Target { name: "lazy_leaf", run: lazy::leaf, seeds: lazy::leaves },
+    Target { name: "lazy_index", run: indexes::metadata, seeds: indexes::metadata_blobs },
+    Target { name: "lazy_page", run: indexes::page, seeds: indexes::pages },
+    Target { name: "lazy_span", run: nacre_lazy::index::fuzzing::span, seeds: indexes::spans },
 ];
 
 /// The target of that name.

@@ -49,6 +49,9 @@ smoke!(
     erofs_check,
     lazy_metadata,
     lazy_leaf,
+    lazy_index,
+    lazy_page,
+    lazy_span,
 );
 
 #[test]

@@ -153,8 +153,13 @@ pub struct ImageBlobs {
 impl ImageBlobs {
     /// Blobs of an image.
     pub fn new(source: Arc<dyn ImageSource>, artifact: &Artifact) -> Self {
-        let known = artifact.descriptors().filter_map(|layer| Some((blob_id(layer)?, layer.clone()))).collect();
-        Self { source, known }
+        Self::of(source, artifact.descriptors())
+    }
+
+    /// Blobs that descriptors name.
+    pub fn of<'a>(source: Arc<dyn ImageSource>, descriptors: impl IntoIterator<Item = &'a Descriptor>) -> Self {
+        let named = descriptors.into_iter().filter_map(|layer| Some((blob_id(layer)?, layer.clone())));
+        Self { source, known: named.collect() }
     }
 }
 

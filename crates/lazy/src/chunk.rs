@@ -92,6 +92,11 @@ impl<'a> Verified<'a> {
         verify(entry, bytes)?;
         Ok(Self { entry, bytes })
     }
+
+    /// The stored bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.bytes
+    }
 }
 
 /// Opens stored chunks; one a thread.

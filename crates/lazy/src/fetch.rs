@@ -223,11 +223,12 @@ impl Fetcher {
 
     fn right<'a>(&self, chunk: &'a Wanted, bytes: &'a mut [u8]) -> Option<Verified<'a>> {
         let ends = bytes.first_chunk::<16>().zip(bytes.last_chunk::<16>());
-        if ends.is_some_and(|(first, last)| *first == [0; 16] && *last == [0; 16]) {
-            // A hole, most likely: not worth a digest, and a chunk of such bytes is fetched each time.
+        let hole = ends.is_some_and(|(first, last)| *first == [0; 16] && *last == [0; 16]);
+        let right = Verified::new(&chunk.entry, bytes).ok();
+        if hole && right.is_none() {
+            // Most likely it was never there.
             return None;
         }
-        let right = Verified::new(&chunk.entry, bytes).ok();
         let counter = if right.is_some() { &self.counters.cache_hits } else { &self.counters.cache_healed };
         counter.fetch_add(1, Ordering::Relaxed);
         right

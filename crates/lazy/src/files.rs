@@ -5,9 +5,10 @@
 use std::{fs::File, sync::Arc};
 
 use crate::{
+    device::DeviceReader,
     erofs::{self, Dirent, FileType, Image, Inode},
     format::BLOCK,
-    reader::{self, Reader},
+    reader,
 };
 
 /// The most symbolic links that a path may lead through.
@@ -55,18 +56,18 @@ pub enum FileError {
 /// The files of an opened image.
 pub struct Files {
     tree: Image<File>,
-    reader: Arc<Reader>,
+    reader: Arc<dyn DeviceReader>,
 }
 
 impl Files {
     /// The files of a tree, which was checked, and of its data device.
-    pub fn new(tree: Image<File>, reader: Arc<Reader>) -> Self {
+    pub fn new(tree: Image<File>, reader: Arc<dyn DeviceReader>) -> Self {
         Self { tree, reader }
     }
 
     /// The data device.
-    pub fn reader(&self) -> &Reader {
-        &self.reader
+    pub fn reader(&self) -> &dyn DeviceReader {
+        &*self.reader
     }
 
     /// What a path leads to, from the root on whether it begins with `/` or not. `follow`: a symbolic link at its end leads on.

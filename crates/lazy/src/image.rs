@@ -136,7 +136,7 @@ impl Metadata {
     }
 }
 
-fn section<T: FromBytes + IntoBytes + Immutable + KnownLayout + Clone, R: Read>(
+pub(crate) fn section<T: FromBytes + IntoBytes + Immutable + KnownLayout + Clone, R: Read>(
     frames: &mut FrameReader<R>,
     count: u32,
 ) -> Result<Vec<T>, FrameError> {
@@ -153,9 +153,9 @@ fn section<T: FromBytes + IntoBytes + Immutable + KnownLayout + Clone, R: Read>(
     Ok(all)
 }
 
-struct Hashing<'a> {
-    input: &'a mut dyn Read,
-    hasher: Hasher,
+pub(crate) struct Hashing<'a> {
+    pub(crate) input: &'a mut dyn Read,
+    pub(crate) hasher: Hasher,
 }
 
 impl Read for Hashing<'_> {

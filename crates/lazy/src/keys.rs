@@ -39,11 +39,13 @@ impl Domain {
         into_array(&context.sign())
     }
 
-    /// The key of an image whose metadata stream and table have these SHA-256s.
+    /// The key of an image whose metadata stream and table have these SHA-256s. What the compressor makes of equal streams may differ by its
+    /// version and its level: those are a part of it, since a key and a nonce are for one message.
     #[cfg(feature = "build")]
     pub(crate) fn metadata_key(&self, stream: &[u8; DIGEST], table: &[u8; DIGEST]) -> MetadataKey {
         let mut context = hmac::Context::with_key(&self.0);
         context.update(b"nacre lazy 1 metadata");
+        compressor(&mut context);
         context.update(stream);
         context.update(table);
         let tag = context.sign();
@@ -58,6 +60,13 @@ impl Domain {
         seed.iter_mut().zip(tag.as_ref()).for_each(|(to, from)| *to = *from);
         u64::from_le_bytes(seed)
     }
+}
+
+/// What frames depend on beside what is in them.
+#[cfg(feature = "build")]
+fn compressor(context: &mut hmac::Context) {
+    context.update(&zstd::zstd_safe::version_number().to_le_bytes());
+    context.update(&crate::build::metadata::LEVEL.to_le_bytes());
 }
 
 impl std::fmt::Debug for Domain {
@@ -77,14 +86,12 @@ impl MetadataKey {
         self.0.expose()
     }
 
-    /// The key of the same image with a trace of this SHA-256. What the compressor makes of equal streams may differ by its version and its
-    /// level, so those are a part of it.
+    /// The key of the same image with a trace of this SHA-256; of the compressor as well, as [`Domain::metadata_key`] is.
     #[cfg(feature = "build")]
     pub(crate) fn traced(&self, trace: &[u8; DIGEST]) -> Self {
         let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.0.expose()));
         context.update(b"nacre lazy 1 trace");
-        context.update(&zstd::zstd_safe::version_number().to_le_bytes());
-        context.update(&crate::build::metadata::LEVEL.to_le_bytes());
+        compressor(&mut context);
         context.update(trace);
         let tag = context.sign();
         Self(SecretArray::fill(|slot| slot.copy_from_slice(tag.as_ref())))
@@ -96,6 +103,7 @@ impl MetadataKey {
         let label: &[u8] = match part {
             Part::Frames => b"nacre lazy 1 frames",
             Part::Leaves => b"nacre lazy 1 leaves",
+            Part::Windows => b"nacre lazy 1 windows",
         };
         let tag = hmac::sign(&key, label);
         SecretArray::fill(|slot| slot.copy_from_slice(tag.as_ref()))
@@ -113,6 +121,8 @@ impl std::fmt::Debug for MetadataKey {
 pub(crate) enum Part {
     Frames,
     Leaves,
+    /// Windows of an index.
+    Windows,
 }
 
 /// The nonce of a frame or a leaf: its number.

@@ -14,7 +14,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::SystemTime,
 };
@@ -63,6 +63,19 @@ pub enum ReadError {
         /// The device.
         size: u64,
     },
+    /// A span of an indexed layer.
+    #[error("layer {layer}, the tar's bytes from {address} on: {reason}")]
+    Span {
+        /// Which layer.
+        layer: u16,
+        /// Where in the tars of all layers, end to end.
+        address: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The file that a long span is decoded into.
+    #[error("the file that a layer is decoded into: {0}")]
+    Spool(String),
     /// There is no memory.
     #[error("no memory to decompress: {0}")]
     Memory(String),
@@ -98,15 +111,22 @@ pub struct Shared {
     /// Gets stored chunks.
     pub fetcher: Fetcher,
     kept: Mutex<Kept>,
+    /// Bytes of decoded chunks that are kept.
+    limit: AtomicUsize,
 }
 
 impl Shared {
     /// With this fetcher.
     pub fn new(fetcher: Fetcher) -> Arc<Self> {
-        Arc::new(Self { fetcher, kept: Mutex::default() })
+        Arc::new(Self { fetcher, kept: Mutex::default(), limit: AtomicUsize::new(KEPT) })
     }
 
-    fn kept(&self, entry: &ChunkEntry) -> Option<Arc<Vec<u8>>> {
+    /// Keeps more bytes of decoded chunks than [`KEPT`], for a reader whose chunks are large.
+    pub(crate) fn keep_at_least(&self, bytes: usize) {
+        self.limit.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn kept(&self, entry: &ChunkEntry) -> Option<Arc<Vec<u8>>> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.clock += 1;
         let clock = kept.clock;
@@ -119,7 +139,7 @@ impl Shared {
         Some(Arc::clone(&found.bytes))
     }
 
-    fn keep(&self, entry: &ChunkEntry, bytes: Arc<Vec<u8>>) {
+    pub(crate) fn keep(&self, entry: &ChunkEntry, bytes: Arc<Vec<u8>>) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.clock += 1;
         let clock = kept.clock;
@@ -127,7 +147,7 @@ impl Shared {
         if let Some(old) = kept.chunks.insert(entry.digest, Decoded { entry: *entry, bytes, used: clock }) {
             kept.bytes -= old.bytes.len();
         }
-        if kept.bytes > KEPT {
+        if kept.bytes > self.limit.load(Ordering::Relaxed) {
             let mut used: Vec<u64> = kept.chunks.values().map(|chunk| chunk.used).collect();
             used.sort_unstable();
             let oldest = used.get(used.len() / 4).copied().unwrap_or(u64::MAX);
@@ -416,7 +436,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`ReadError`]
-    pub fn complete(&self, mut step: impl FnMut(u64) -> bool) -> Result<(), ReadError> {
+    pub fn complete(&self, step: &mut dyn FnMut(u64) -> bool) -> Result<(), ReadError> {
         for leaf in 0..self.table.count() {
             let entries = self.leaf(leaf)?;
             for entries in entries.chunks(32) {

@@ -275,6 +275,16 @@ pub trait ImageSink: Send + Sync {
     /// [`TransportError`], `Unsupported` where it stores none.
     fn put_native_signature(&self, manifest: &Digest, signature: &[u8]) -> Result<(), TransportError>;
 
+    /// Writes an artifact about another manifest of the same place, last of all, in place of [`commit`](Self::commit): no name points to
+    /// it, but who asks for that manifest's referrers finds it. After it returns, it is there, durably.
+    ///
+    /// # Errors
+    /// [`TransportError`], `Unsupported` where nobody could ask
+    fn attach(&self, _artifact: &RawManifest) -> Result<(), TransportError> {
+        let what = "artifacts beside an image (registries and OCI layouts do)".into();
+        Err(TransportError::Unsupported { what, place: self.location().to_string() })
+    }
+
     /// Writes the manifest or index that the location's name points to from now on, last of all; after it returns, the image is
     /// there, durably.
     ///

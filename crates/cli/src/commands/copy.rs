@@ -102,7 +102,7 @@ pub(super) fn location(text: &str, client: &Client) -> anyhow::Result<Location> 
 }
 
 /// What the policy lets in: the image for the platform, or with `--all` the index.
-fn admitted<'a>(
+pub(super) fn admitted<'a>(
     source: &'a dyn ImageSource,
     policy: &Path,
     lookaside: &LookasideConfig,
@@ -165,13 +165,13 @@ fn recompress(text: &str) -> anyhow::Result<Recompress> {
     Ok(Recompress { to, level: None })
 }
 
-enum OwnedKey {
+pub(super) enum OwnedKey {
     Cosign(CosignKey),
     Gpg(Box<GpgKey>),
 }
 
 impl OwnedKey {
-    fn as_signing(&self, bundle: bool) -> SigningKey<'_> {
+    pub(super) fn as_signing(&self, bundle: bool) -> SigningKey<'_> {
         match self {
             Self::Cosign(key) if bundle => SigningKey::Bundle(key),
             Self::Cosign(key) => SigningKey::Cosign(key),

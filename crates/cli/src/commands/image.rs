@@ -27,6 +27,7 @@ pub(crate) fn image(global: &Global, command: &ImageCommand) -> anyhow::Result<i
     match command {
         ImageCommand::Pull(args) => pull(global, args),
         ImageCommand::Copy(args) => super::copy::copy(global, args),
+        ImageCommand::Index(args) => super::index::index(global, args),
         ImageCommand::Mount(args) => return super::mounts::mount(global, args),
         ImageCommand::Complete { what } => super::mounts::complete(global, what),
         ImageCommand::Daemon(command) => return super::mounts::daemon(global, command),

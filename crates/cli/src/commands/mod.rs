@@ -6,6 +6,7 @@ pub(crate) mod copy;
 pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod image;
+pub(crate) mod index;
 pub(crate) mod inspect;
 pub(crate) mod lazy;
 pub(crate) mod mounts;

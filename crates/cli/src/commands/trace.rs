@@ -64,7 +64,8 @@ pub(crate) fn trace(global: &Global, args: &TraceArgs) -> anyhow::Result<()> {
     let key = artifact.unwrap(service.images().keyring())?;
 
     let recorder = Arc::new(Recorder::default());
-    image.reader.record(Arc::clone(&recorder));
+    let chunks = image.chunks.as_ref().context("an index of an ordinary image has no place for a trace")?;
+    chunks.record(Arc::clone(&recorder));
     let target = image.own_target()?;
     let mounted = store.mount(image, &target, service.lazy_front())?;
     let overrides = super::run::overrides(&args.process);

@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use nacre_lazy::reader::Reader;
+use nacre_lazy::device::DeviceReader;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::protocol::ShownFailure;
@@ -25,10 +25,10 @@ pub(super) struct Completion {
 
 impl Completion {
     /// In the background.
-    pub(super) fn start(self: &Arc<Self>, reader: &Arc<Reader>) -> anyhow::Result<()> {
+    pub(super) fn start(self: &Arc<Self>, reader: &Arc<dyn DeviceReader>) -> anyhow::Result<()> {
         let (completion, reader) = (Arc::clone(self), Arc::clone(reader));
         let fetching = move || {
-            if let Err(error) = completion.run(&reader) {
+            if let Err(error) = completion.run(&*reader) {
                 tracing::warn!("an image stays incomplete: {error:#}");
             }
         };
@@ -36,9 +36,9 @@ impl Completion {
     }
 
     /// Until it is done.
-    pub(super) fn run(&self, reader: &Reader) -> anyhow::Result<()> {
+    pub(super) fn run(&self, reader: &dyn DeviceReader) -> anyhow::Result<()> {
         self.running.fetch_add(1, Ordering::SeqCst);
-        let fetched = reader.complete(|_| !self.stop.load(Ordering::SeqCst));
+        let fetched = reader.complete(&mut |_| !self.stop.load(Ordering::SeqCst));
         self.running.fetch_sub(1, Ordering::SeqCst);
         if let Err(error) = fetched {
             let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();

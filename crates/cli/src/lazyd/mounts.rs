@@ -307,7 +307,7 @@ impl Mounts {
         if found.is_empty() {
             return Err(Missing(format!("{what}: no lazy image is mounted there, nor by that name")).into());
         }
-        found.iter().try_for_each(|(completion, reader)| completion.run(reader))
+        found.iter().try_for_each(|(completion, reader)| completion.run(&**reader))
     }
 
     /// All mounts, as [`Shown`].

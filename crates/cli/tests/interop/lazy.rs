@@ -111,6 +111,11 @@ pub(crate) fn noise() -> Vec<u8> {
 }
 
 pub(crate) fn rich() -> Image {
+    let [lower, upper] = rich_layers();
+    Image::builder().layer_of(lower, Compression::Gzip).layer_of(upper, Compression::Gzip).build()
+}
+
+pub(crate) fn rich_layers() -> [Layer; 2] {
     let noise = noise();
     let lower = Layer::of([
         Entry::dir("etc").mode(0o750).owner(3, 4).mtime(1_600_000_000, 500),
@@ -134,7 +139,7 @@ pub(crate) fn rich() -> Image {
         Entry::symlink("to", "etc"),
         Entry::file("to/by-link", "by a link"),
     ]);
-    Image::builder().layer_of(lower, Compression::Gzip).layer_of(upper, Compression::Gzip).build()
+    [lower, upper]
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test")]
 
 mod caches;
+mod index;
 mod lazy;
 mod mounts;
 mod random;

@@ -246,6 +246,42 @@ impl Images {
         &self.keyring
     }
 
+    /// The manifest of an artifact about an image of a source, and the proof that the policy lets it in as it would an image of that name:
+    /// of the same tag, or, where the image was asked for by its digest, of the artifact's digest.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn admit_artifact(
+        &self,
+        source: &dyn ImageSource,
+        storage: &dyn SignatureStorage,
+        digest: &Digest,
+    ) -> Result<(Manifest, Admission), PullError> {
+        let raw = verify_manifest(storage.by_digest(digest)?, digest)?.into_inner();
+        let manifest = Manifest::parse(&raw)?;
+        let resolved = Resolved { chain: vec![raw], manifest };
+        let requested = match source.location() {
+            Location::Docker(name) if name.digest().is_some() => Location::Docker(name.with_digest(*digest)),
+            other => other.clone(),
+        };
+        let (admission, _) = self.admit(&resolved, &requested, Some(storage))?;
+        Ok((resolved.manifest, admission))
+    }
+
+    /// The config of an image that was admitted, and its bytes.
+    ///
+    /// # Errors
+    /// [`PullError`]
+    pub fn config_of(
+        &self,
+        source: &dyn ImageSource,
+        manifest: &Manifest,
+    ) -> Result<(ImageConfig, Vec<u8>), PullError> {
+        let bytes = fetch::small_blob(source, &manifest.config)?;
+        let config = ImageConfig::verify(nacre_core::Untrusted::new(bytes.clone()), manifest)?.into_inner();
+        Ok((config, bytes))
+    }
+
     fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {
         let mut raw = source.manifest(None)?;
         if let Some(digest) = source.location().image_ref().and_then(|reference| reference.digest()) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nacre_lazy::reader::Reader;
+use nacre_lazy::device::DeviceReader;
 use nacre_sys::fuse::{Answered, Attributes, Entries, Errno, Inode, Kind, Open, ReadOnly, ReadReply, Statistics};
 
 /// The file's name.
@@ -10,11 +10,11 @@ pub(super) const NAME: &str = "data";
 const FILE: Inode = Inode(2);
 
 /// A filesystem of one file: an image's data device.
-pub(super) fn filesystem(reader: Arc<Reader>) -> Arc<dyn ReadOnly> {
+pub(super) fn filesystem(reader: Arc<dyn DeviceReader>) -> Arc<dyn ReadOnly> {
     Arc::new(DeviceFs(reader))
 }
 
-struct DeviceFs(Arc<Reader>);
+struct DeviceFs(Arc<dyn DeviceReader>);
 
 impl ReadOnly for DeviceFs {
     fn lookup(&self, parent: Inode, name: &[u8]) -> Result<Attributes, Errno> {
@@ -41,7 +41,7 @@ impl ReadOnly for DeviceFs {
         if inode != FILE {
             return Err(Errno::ISDIR);
         }
-        read(&self.0, offset, self.0.size(), reply)
+        read(&*self.0, offset, self.0.size(), reply)
     }
 
     fn list(&self, directory: Inode, cookie: u64, entries: &mut Entries<'_>) -> Result<(), Errno> {
@@ -71,7 +71,12 @@ impl ReadOnly for DeviceFs {
 }
 
 /// Answers a read of a file that begins at a byte of the device and ends at another.
-pub(super) fn read(reader: &Reader, offset: u64, end: u64, mut reply: ReadReply<'_>) -> Result<Answered, Errno> {
+pub(super) fn read(
+    reader: &dyn DeviceReader,
+    offset: u64,
+    end: u64,
+    mut reply: ReadReply<'_>,
+) -> Result<Answered, Errno> {
     let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX).min(reply.size());
     let out = reply.buffer().get_mut(..length).unwrap_or_default();
     // What is wrong is in the log and in the reader; whoever reads gets EIO.

@@ -18,6 +18,7 @@
 mod alone;
 mod device;
 mod grant;
+mod indexed;
 mod mount;
 mod origin;
 mod place;
@@ -34,13 +35,15 @@ use std::{
 
 use nacre_core::{Digest, SecretBytes};
 use nacre_lazy::{
-    artifact::{Artifact, ArtifactError, Copying, ImageBlobs, read_metadata},
+    artifact::{Artifact, ArtifactError, Copying, ImageBlobs, is_lazy, read_metadata},
     cache::Cache,
+    device::DeviceReader,
     erofs::{self, CheckError},
     fetch::Fetcher,
     files::Files,
     format::BLOCK,
     image::{Metadata, OpenError, Table},
+    index::IndexError,
     pace::Pace,
     reader::{Reader, Shared},
     source::Blobs,
@@ -105,6 +108,21 @@ pub enum LazyError {
     /// It is no lazy image, or its key is not released to us.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// It is an ordinary image, and there is no index that may be used.
+    #[error(
+        "{image} is an ordinary image and has no index {}; make one with `nacre image index` (and sign it, where the policy \
+         wants that), or a lazy image with `nacre image copy --lazy`",
+        if tried.is_empty() { "beside it".to_owned() } else { format!("that can be used: {}", tried.join("; ")) }
+    )]
+    NoIndex {
+        /// The image.
+        image: String,
+        /// Indexes that there are, and what is wrong with each.
+        tried: Vec<String>,
+    },
+    /// Its index is none, or another image's.
+    #[error(transparent)]
+    Index(#[from] IndexError),
     /// Its metadata is not what the manifest names, or not what was encrypted.
     #[error("the metadata of the lazy image: {0}")]
     Open(#[from] OpenError),
@@ -165,12 +183,21 @@ pub struct LazyImage {
     /// The same as the image has it.
     pub config_bytes: Vec<u8>,
     /// Its data device.
-    pub reader: Arc<Reader>,
+    pub reader: Arc<dyn DeviceReader>,
+    /// The same, of a lazy image: its chunks.
+    pub chunks: Option<Arc<Reader>>,
     /// Its directory below `mounts`, which goes with this.
     place: Place,
 }
 
 impl LazyImage {
+    /// Begins to fetch ahead what the image's trace says, where it has one.
+    pub fn follow_trace(&self) {
+        if let Some(chunks) = &self.chunks {
+            chunks.follow_trace();
+        }
+    }
+
     /// Its files, for whoever serves them without mounting it.
     ///
     /// # Errors
@@ -257,15 +284,19 @@ impl LazyStore {
     /// [`LazyError`]
     pub fn image(&self, images: &Images, source: Arc<dyn ImageSource>) -> Result<LazyImage, LazyError> {
         let (manifest, admission) = images.admit_lazy(&*source)?;
+        if !is_lazy(&manifest) {
+            return self.indexed(images, &source, &manifest, admission);
+        }
         let artifact = Artifact::parse(&manifest)?;
         let key = artifact.unwrap(images.keyring())?;
         let mut place = Place::new(&self.mounts())?;
         let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs, None)?;
         let blobs = Arc::new(ImageBlobs::new(source, &artifact));
         let (config, config_bytes, reader) = self.read(&artifact, metadata, blobs)?;
-        check(&place, &reader)?;
+        check(&place, reader.size())?;
         let manifest = *admission.manifest();
-        Ok(LazyImage { manifest, admission: Some(admission), config, config_bytes, reader, place })
+        let chunks = Some(Arc::clone(&reader));
+        Ok(LazyImage { manifest, admission: Some(admission), config, config_bytes, reader, chunks, place })
     }
 
     /// Opens the image of a grant. All that is needed to go on with it, in another process and without its source, stays in its place.
@@ -293,9 +324,10 @@ impl LazyStore {
             }
         };
         let (config, config_bytes, reader) = self.read(&artifact, metadata, Arc::new(blobs))?;
-        check(&place, &reader)?;
+        check(&place, reader.size())?;
         let manifest = *grant.manifest.digest();
-        Ok(LazyImage { manifest, admission: None, config, config_bytes, reader, place })
+        let chunks = Some(Arc::clone(&reader));
+        Ok(LazyImage { manifest, admission: None, config, config_bytes, reader, chunks, place })
     }
 
     /// Goes on with a mount of another process that does not serve it any more. Neither the image's source nor a broker is asked.
@@ -325,7 +357,8 @@ impl LazyStore {
             }
         };
         let manifest = *grant.manifest.digest();
-        let image = LazyImage { manifest, admission: None, config, config_bytes, reader, place };
+        let chunks = Some(Arc::clone(&reader));
+        let image = LazyImage { manifest, admission: None, config, config_bytes, reader, chunks, place };
         kept.record.target = std::path::absolute(&kept.record.target).map_err(io_error("find", &path))?;
         LazyMount::resume(image, kept)
     }
@@ -378,9 +411,9 @@ fn late(grant: &Grant, clients: &Arc<Clients>, artifact: &Artifact) -> origin::L
 }
 
 /// Has the tree judged before the kernel sees it.
-fn check(place: &Place, reader: &Reader) -> Result<(), LazyError> {
+fn check(place: &Place, device_bytes: u64) -> Result<(), LazyError> {
     let checked = erofs::check(&place.erofs, &erofs::Limits::default())?;
-    let blocks = reader.size() / BLOCK;
+    let blocks = device_bytes / BLOCK;
     if u64::from(checked.device_blocks) == blocks {
         return Ok(());
     }

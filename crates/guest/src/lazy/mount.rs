@@ -146,7 +146,7 @@ impl LazyMount {
             mounts::mount(&metadata, &[&file], mount.target(), &mounts::Options::default())?;
             mount.tree.armed = true;
         }
-        mount.image.reader.follow_trace();
+        mount.image.follow_trace();
         Ok(mount)
     }
 

@@ -3,8 +3,8 @@
 use std::{fs::File, sync::Arc};
 
 use nacre_lazy::{
+    device::DeviceReader,
     erofs::{FileType, Image, Inode as Node, ReadError},
-    reader::Reader,
 };
 use nacre_sys::fuse::{Answered, Attributes, Entries, Errno, Inode, Kind, ReadOnly, ReadReply, Statistics, XattrNames};
 
@@ -13,7 +13,7 @@ const BLOCK: u64 = 4096;
 
 /// The tree. The root is FUSE's inode 1; every other inode has the number that EROFS gives it, which is never 1.
 pub(super) struct TreeFs {
-    pub(super) reader: Arc<Reader>,
+    pub(super) reader: Arc<dyn DeviceReader>,
     pub(super) image: Image<File>,
 }
 
@@ -90,7 +90,7 @@ impl ReadOnly for TreeFs {
         }
         let start = node.extent.map_or(0, |extent| u64::from(extent.block) * BLOCK);
         let end = start.saturating_add(node.size);
-        super::device::read(&self.reader, start.saturating_add(offset).min(end), end, reply)
+        super::device::read(&*self.reader, start.saturating_add(offset).min(end), end, reply)
     }
 
     fn list(&self, directory: Inode, cookie: u64, entries: &mut Entries<'_>) -> Result<(), Errno> {
@@ -143,6 +143,6 @@ impl ReadOnly for TreeFs {
     }
 
     fn statistics(&self) -> Statistics {
-        Statistics { bytes: self.reader.summary().content_bytes.get(), files: self.image.inodes() }
+        Statistics { bytes: self.reader.content_bytes(), files: self.image.inodes() }
     }
 }

@@ -43,7 +43,7 @@ impl ImageService {
         if !there {
             let opened = self.own.store()?.granted(&self.grant(text, &access)?, &self.clients)?;
             let sizes = LazyRecord {
-                content_bytes: opened.reader.summary().content_bytes.get(),
+                content_bytes: opened.reader.content_bytes(),
                 stored_bytes: opened.reader.blobs().iter().map(|blob| blob.size).sum(),
             };
             let image = ImageRecord {

@@ -10,8 +10,8 @@ use nacre_oci::unpack::{
 
 use super::{
     BuildError,
-    device::{Device, OpenFile},
-    pipeline::{Closed, Entrance},
+    device::{Device, FileId, OpenFile, Sink},
+    pipeline::Closed,
 };
 use crate::erofs::{Attributes, Device as Numbers, Node, Timestamp, Tree};
 
@@ -29,31 +29,69 @@ pub struct LayerContent {
     pub ignored_xattrs: u64,
 }
 
-/// Reads a layer.
-pub(super) struct LayerReader<'a> {
-    pub(super) tree: &'a mut Tree,
+/// What becomes of the files' contents.
+pub(crate) trait Contents {
+    /// A file whose content is coming.
+    type Open;
+
+    /// Begins a file that is not empty.
+    fn begin(&mut self, size: u64) -> Self::Open;
+
+    /// Content at a place in the file, which stands at a place in the tar.
+    fn data(&mut self, file: &mut Self::Open, offset: u64, tar: u64, bytes: &[u8]) -> Result<(), Closed>;
+
+    /// Ends a file; gives what its inode has as its first block.
+    fn end(&mut self, file: Self::Open) -> Result<u32, Closed>;
+}
+
+/// Contents that go to a device, and on.
+pub(super) struct OnDevice<'a, S> {
     pub(super) device: &'a mut Device,
-    pub(super) limits: &'a Limits,
-    pub(super) content: LayerContent,
+    pub(super) sink: &'a mut S,
+}
+
+impl<S: Sink<Error = Closed>> Contents for OnDevice<'_, S> {
+    type Open = OpenFile;
+
+    fn begin(&mut self, size: u64) -> OpenFile {
+        self.device.begin(size)
+    }
+
+    fn data(&mut self, file: &mut OpenFile, offset: u64, _tar: u64, bytes: &[u8]) -> Result<(), Closed> {
+        self.device.data(file, offset, bytes, self.sink)
+    }
+
+    /// A number: the block is known when all is laid out.
+    fn end(&mut self, file: OpenFile) -> Result<u32, Closed> {
+        self.device.end(file, self.sink).map(|FileId(number)| number)
+    }
+}
+
+/// Reads a layer.
+pub(crate) struct LayerReader<'a, C: Contents> {
+    tree: &'a mut Tree,
+    contents: C,
+    limits: &'a Limits,
+    content: LayerContent,
     /// The file whose content comes next.
-    open: Option<Current>,
+    open: Option<Current<C::Open>>,
 }
 
 /// The entry that content comes for, its resolved path, and its place on the device.
-struct Current {
+struct Current<F> {
     entry: Box<Entry>,
     path: Vec<Vec<u8>>,
-    file: Option<OpenFile>,
+    file: Option<F>,
 }
 
-impl<'a> LayerReader<'a> {
-    pub(super) fn new(tree: &'a mut Tree, device: &'a mut Device, limits: &'a Limits) -> Self {
+impl<'a, C: Contents> LayerReader<'a, C> {
+    pub(crate) fn new(tree: &'a mut Tree, contents: C, limits: &'a Limits) -> Self {
         tree.begin_layer();
-        Self { tree, device, limits, content: LayerContent::default(), open: None }
+        Self { tree, contents, limits, content: LayerContent::default(), open: None }
     }
 
     /// Reads a tar to its end, and whatever follows in the stream, so that who checks its digest has seen it all.
-    pub(super) fn read<E>(mut self, tar: &mut dyn Read, sink: &mut Entrance) -> Result<LayerContent, BuildError<E>> {
+    pub(crate) fn read<E>(mut self, tar: &mut dyn Read) -> Result<LayerContent, BuildError<E>> {
         let mut parser = Parser::new(self.limits);
         let (mut buffer, mut total, mut ended) = (vec![0; PIECE], 0u64, false);
         let mut near = Vec::new();
@@ -76,8 +114,12 @@ impl<'a> LayerReader<'a> {
                         near.extend_from_slice(entry.path.get(..200).unwrap_or(&entry.path));
                         self.entry(entry)?;
                     }
-                    Some(Event::Data { offset, bytes }) => self.data(offset, bytes, sink)?,
-                    Some(Event::EntryEnd) => self.finish_file(sink)?,
+                    Some(Event::Data { offset, bytes: data }) => {
+                        // The parser gives pieces of what it was given, and takes nothing behind them.
+                        let tar = total - (bytes.len() + data.len()) as u64;
+                        self.data(offset, tar, data)?;
+                    }
+                    Some(Event::EntryEnd) => self.finish_file()?,
                     Some(Event::End) => ended = true,
                 }
             }
@@ -129,7 +171,7 @@ impl<'a> LayerReader<'a> {
         let node = match entry.kind {
             Kind::File => {
                 self.content.bytes += entry.size;
-                let file = (entry.size > 0).then(|| self.device.begin(entry.size));
+                let file = (entry.size > 0).then(|| self.contents.begin(entry.size));
                 self.open = Some(Current { entry, path, file });
                 return Ok(());
             }
@@ -148,15 +190,15 @@ impl<'a> LayerReader<'a> {
         put(self.tree, &path, node, &entry, &mut self.content)
     }
 
-    fn data<E>(&mut self, offset: u64, bytes: &[u8], sink: &mut Entrance) -> Result<(), BuildError<E>> {
+    fn data<E>(&mut self, offset: u64, tar: u64, bytes: &[u8]) -> Result<(), BuildError<E>> {
         let Some(Current { file: Some(file), .. }) = &mut self.open else { return Ok(()) };
-        self.device.data(file, offset, bytes, sink).map_err(|Closed| BuildError::Stopped)
+        self.contents.data(file, offset, tar, bytes).map_err(|Closed| BuildError::Stopped)
     }
 
-    fn finish_file<E>(&mut self, sink: &mut Entrance) -> Result<(), BuildError<E>> {
+    fn finish_file<E>(&mut self) -> Result<(), BuildError<E>> {
         let Some(Current { entry, path, file }) = self.open.take() else { return Ok(()) };
         let block = match file {
-            Some(file) => self.device.end(file, sink).map_err(|Closed| BuildError::Stopped)?.0,
+            Some(file) => self.contents.end(file).map_err(|Closed| BuildError::Stopped)?,
             None => 0,
         };
         put(self.tree, &path, Node::File { size: entry.size, block }, &entry, &mut self.content)

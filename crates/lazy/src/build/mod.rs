@@ -23,12 +23,15 @@ use crate::{
     keys::{Domain, MetadataKey},
 };
 use device::{Cutter, Device};
-use layer::LayerReader;
-use pipeline::{Closed, Place, Settings, Stored};
+use layer::OnDevice;
+use pipeline::{Place, Settings, Stored};
 
 pub use layer::LayerContent;
+pub(crate) use layer::{Contents, LayerReader};
+pub(crate) use pipeline::Closed;
 pub use pipeline::DataBlob;
 pub use retrace::{LazyRetrace, RetraceError, Retraced, retrace};
+pub(crate) use ship::{EMPTY, EMPTY_TYPE, PUBLIC_OPTIONS};
 pub use ship::{LazyRemake, OpenBlob, Shared};
 
 /// How an image is built.
@@ -198,7 +201,8 @@ impl<'a> Builder<'a> {
         let BuildOptions { domain, level, threads, limits, .. } = self.options;
         let (tree, device) = (&mut self.tree, &mut self.device);
         let produce = |sink: &mut pipeline::Entrance| {
-            let content = LayerReader::new(tree, device, limits).read(tar, sink)?;
+            let contents = OnDevice { device: &mut *device, sink: &mut *sink };
+            let content = LayerReader::new(tree, contents, limits).read(tar)?;
             device.flush(sink).map_err(|Closed| BuildError::Stopped)?;
             Ok(content)
         };

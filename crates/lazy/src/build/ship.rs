@@ -22,10 +22,10 @@ use crate::{
 };
 
 /// The config of an artifact that has none of its own (image-spec, "Guidelines for Artifact Usage"): ours is in the metadata.
-const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
-const EMPTY: &[u8] = b"{}";
+pub(crate) const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
+pub(crate) const EMPTY: &[u8] = b"{}";
 /// The annotation without which no key is looked for: base64 of `{"cipher":"AES_256_GCM","hmac":"","cipheroptions":{}}`.
-const PUBLIC_OPTIONS: &str = "eyJjaXBoZXIiOiJBRVNfMjU2X0dDTSIsImhtYWMiOiIiLCJjaXBoZXJvcHRpb25zIjp7fX0=";
+pub(crate) const PUBLIC_OPTIONS: &str = "eyJjaXBoZXIiOiJBRVNfMjU2X0dDTSIsImhtYWMiOiIiLCJjaXBoZXJvcHRpb25zIjp7fX0=";
 
 /// An image that chunks are shared with.
 pub struct Shared {

@@ -15,6 +15,8 @@ pub(crate) const SUPER_AT: usize = 1024;
 pub(crate) const DEVICE_AT: usize = 1152;
 /// Where inodes begin.
 pub(crate) const FIRST_RECORD: u64 = 1280;
+/// Bytes that are left for it in its block. It has one place, so it cannot begin with the next.
+pub(crate) const ROOT_ROOM: usize = BLOCK - 1280;
 /// The root's number.
 pub(crate) const ROOT: u64 = FIRST_RECORD / SLOT;
 /// The most bytes of an image: numbers of inodes have 32 bits.
@@ -355,11 +357,12 @@ pub(crate) fn chunks(size: u64) -> u64 {
     size.div_ceil(1 << (BLOCK_BITS + u32::from(chunk_bits(size))))
 }
 
-/// How many bytes of a directory or link are inline, and how many blocks it has besides. What is inline is in one block with its inode.
-pub(crate) fn split_flat(size: u32, xattrs: usize) -> (usize, u32) {
+/// How many bytes of a directory or link are inline, and how many blocks it has besides. What is inline is in one block with its inode, that
+/// of the root in the first one, whose beginning has other uses.
+pub(crate) fn split_flat(size: u32, xattrs: usize, is_root: bool) -> (usize, u32) {
     let block = 1 << BLOCK_BITS;
     let tail = size as usize % BLOCK;
-    if INODE + xattrs + tail > BLOCK {
+    if INODE + xattrs + tail > if is_root { ROOT_ROOM } else { BLOCK } {
         return (0, size.div_ceil(block));
     }
     (tail, size / block)

@@ -60,6 +60,9 @@ pub enum WriteError {
     /// The device's name cannot be stored.
     #[error("{0:?} cannot name a data device: it takes 1 to 64 printable ASCII characters without '/'")]
     Tag(String),
+    /// The root's attributes do not fit its block.
+    #[error("the root directory's extended attributes have more than 2,750 bytes")]
+    Root,
     /// The image would be too large.
     #[error("the image's metadata would be more than 128 GiB: leave out files, or put them into several images")]
     Size,

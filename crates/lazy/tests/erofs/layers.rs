@@ -294,3 +294,27 @@ fn links_among_parents_are_resolved_within_the_root() {
     assert_eq!(resolve(&[]).unwrap(), b"");
     assert!(matches!(resolve(&[b"loop", b"a"]), Err(TreeError::Loop { .. })));
 }
+
+#[test]
+fn roots_of_every_size_are_where_they_must_be() {
+    use nacre_lazy::erofs::{Image, Limits, WriteOptions, check, write};
+    let mut tree = Tree::new();
+    let options = WriteOptions { uuid: [1; 16], device_tag: "data", device_blocks: 0 };
+    for count in 0..450u32 {
+        let mut bytes = Vec::new();
+        write(&tree, &options, &mut bytes).unwrap();
+        let summary = check(&bytes, &Limits::default()).unwrap_or_else(|error| panic!("{count} names: {error}"));
+        assert_eq!(summary.directories, 1);
+        let image = Image::open(&bytes[..]).unwrap();
+        let root = image.inode(image.root()).unwrap();
+        let mut found = 0;
+        let more = |_: nacre_lazy::erofs::Dirent<'_>| {
+            found += 1;
+            true
+        };
+        image.read_dir(&root, 0, more).unwrap();
+        assert_eq!(found, count + 2);
+        let name = format!("name-{count}");
+        tree.put(&[name.as_bytes()], Node::Fifo, &attributes(0o644), &[]).unwrap();
+    }
+}

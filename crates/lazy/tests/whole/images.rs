@@ -146,7 +146,7 @@ fn a_second_reader_and_a_dead_registry_are_served_by_the_cache() {
     let mut steps = 0;
     image
         .reader
-        .complete(|_| {
+        .complete(&mut |_| {
             steps += 1;
             true
         })

@@ -3,5 +3,6 @@
 
 mod attacks;
 mod images;
+mod index;
 mod support;
 mod traces;

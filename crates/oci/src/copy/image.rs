@@ -33,8 +33,12 @@ pub(super) fn copy(
     if let Some(remake) = job.options.remake.filter(|remake| remake.wants(&manifest, plan.artifact)) {
         let config = if plan.artifact { None } else { Some(config_of(job, &manifest)?) };
         let plan = plan::plan(raw, &manifest, &Wishes::to_read(job.options, job.sink.location()))?;
-        let remade = remake.remake(&Remaking::new(job, &manifest, &plan, config))?;
+        let remade = remake.remake(&Remaking::new(job, raw, &manifest, &plan, config))?;
         return Ok((serialise(&remade.manifest, media::OCI_MANIFEST).map_err(invalid)?, remade.layers));
+    }
+    if job.options.attach {
+        let problem = format!("{} is no image of layers that are known: there is nothing to make of it", raw.digest());
+        return Err(CopyError::Unsupported(problem));
     }
     if plan.artifact && job.options.encrypt.is_some() {
         if !entry.is_some_and(|entry| entry.annotations.contains_key(ATTESTATION_OF)) {

@@ -30,7 +30,7 @@ use crate::{
 };
 
 pub use plan::EncryptLayers;
-pub use remake::{Remade, Remake, Remaking};
+pub use remake::{Remade, Remake, Remaking, StoredLayer};
 pub use sign::{Sign, SigningKey};
 
 /// How deep indexes may be in one another.
@@ -125,6 +125,8 @@ pub struct CopyOptions<'a> {
     pub encrypt: Option<(&'a Recipients, &'a EncryptLayers)>,
     /// Makes something else of images; `None` copies their layers.
     pub remake: Option<&'a dyn Remake>,
+    /// What is made is about the image, and is put beside it, without a name.
+    pub attach: bool,
     /// Signatures of the source.
     pub signatures: ExistingSignatures,
     /// Who signs the copy, as what.
@@ -148,6 +150,7 @@ impl Default for CopyOptions<'_> {
             decrypt: None,
             encrypt: None,
             remake: None,
+            attach: false,
             signatures: ExistingSignatures::default(),
             sign: None,
             lookaside: None,
@@ -295,7 +298,11 @@ pub fn copy(source: &Source<'_>, sink: &dyn ImageSink, options: &CopyOptions<'_>
     let copied = job.manifest(&root, None, 0, &mut images, &mut manifests)?;
     let signatures_kept = signatures::keep(&job, &root, &copied, &images)?;
     let signatures_made = signer.map_or(Ok(0), |signer| signer.sign(&job, &manifests))?;
-    sink.commit(&copied)?;
+    if options.attach {
+        sink.attach(&copied)?
+    } else {
+        sink.commit(&copied)?
+    }
     Ok(Copied {
         digest: *copied.digest(),
         media_type: copied.media_type().into(),

@@ -16,8 +16,8 @@ use super::{
     streams::{self, DigestCheck},
 };
 use crate::{
-    crypt::Recipients,
-    manifest::{Compression, Descriptor, ImageConfig, Manifest},
+    crypt::{self, LayerDecryptor, LayerParts, PublicOptions, Recipients},
+    manifest::{Compression, Descriptor, ImageConfig, Manifest, RawManifest},
 };
 
 /// Makes something of an image's layers.
@@ -43,9 +43,22 @@ pub struct Remade {
     pub layers: Vec<CopiedLayer>,
 }
 
+/// A layer that is read as it is stored.
+pub struct StoredLayer<'a> {
+    /// Its descriptor.
+    pub descriptor: &'a Descriptor,
+    /// How its tar is compressed.
+    pub compression: Compression,
+    /// The digest that its tar must have.
+    pub diff_id: Digest,
+    /// Where it is encrypted: what decrypts all of it, and checks that at its end; and what decrypts parts.
+    pub secret: Option<(LayerDecryptor, LayerParts)>,
+}
+
 /// An image whose layers can be read.
 pub struct Remaking<'a> {
     job: &'a Job<'a>,
+    raw: &'a RawManifest,
     manifest: &'a Manifest,
     plan: &'a ImagePlan,
     /// Of an image: parsed, and its bytes.
@@ -56,16 +69,22 @@ pub struct Remaking<'a> {
 impl<'a> Remaking<'a> {
     pub(super) fn new(
         job: &'a Job<'a>,
+        raw: &'a RawManifest,
         manifest: &'a Manifest,
         plan: &'a ImagePlan,
         config: Option<(ImageConfig, Vec<u8>)>,
     ) -> Self {
-        Self { job, manifest, plan, config, stop: AtomicBool::new(false) }
+        Self { job, raw, manifest, plan, config, stop: AtomicBool::new(false) }
     }
 
     /// The manifest as it is.
     pub fn manifest(&self) -> &Manifest {
         self.manifest
+    }
+
+    /// A descriptor of the manifest.
+    pub fn subject(&self) -> Descriptor {
+        self.raw.descriptor()
     }
 
     /// The config's bytes, which have the digest that the manifest says; of an artifact none.
@@ -103,7 +122,7 @@ impl<'a> Remaking<'a> {
         let (config, _) = self.config.as_ref().ok_or_else(missing)?;
         let diff_id = *config.rootfs.diff_ids.get(index).ok_or_else(missing)?;
         let what = plan.source.digest.to_string();
-        if plan.compression.is_none() || (crate::crypt::is_encrypted(&plan.source) && !plan.decrypt) {
+        if plan.compression.is_none() || (crypt::is_encrypted(&plan.source) && !plan.decrypt) {
             let problem = format!("layer {what} is encrypted: give its key with --decryption-key");
             return Err(CopyError::Unsupported(problem));
         }
@@ -119,6 +138,49 @@ impl<'a> Remaking<'a> {
         let mut stream = DigestCheck::new(stream, "the uncompressed layer", diff_id, limit);
         let outcome = read(&mut stream, task.as_ref())?;
         // Whoever read it may have stopped before the end, where the checks are.
+        if std::io::copy(&mut stream, &mut std::io::sink()).map_err(damaged)? > 0 {
+            return Err(CopyError::NotReadToEnd(what));
+        }
+        Ok(outcome)
+    }
+
+    /// Reads a layer as it is stored. `read` gets the blob's bytes, and what it takes to make the tar of them; whether what was
+    /// encrypted, and the tar, are what they should be is for `read` to check. The blob's own digest is checked here.
+    ///
+    /// # Errors
+    /// [`CopyError`]; whatever `read` gives comes back.
+    pub fn stored_layer<T>(
+        &self,
+        index: usize,
+        read: impl FnOnce(&mut dyn Read, StoredLayer<'_>, &dyn Task) -> Result<T, CopyError>,
+    ) -> Result<T, CopyError> {
+        let missing = || CopyError::Unsupported(format!("the image has no layer {index}"));
+        let plan = self.plan.layers.get(index).ok_or_else(missing)?;
+        let (config, _) = self.config.as_ref().ok_or_else(missing)?;
+        let diff_id = *config.rootfs.diff_ids.get(index).ok_or_else(missing)?;
+        let what = plan.source.digest.to_string();
+        let in_layer = |source| CopyError::Crypt { layer: what.clone(), source };
+        let secret = match crypt::is_encrypted(&plan.source) {
+            false => None,
+            true => {
+                let Some(keys) = self.job.options.decrypt else {
+                    let problem = format!("layer {what} is encrypted: give its key with --decryption-key");
+                    return Err(CopyError::Unsupported(problem));
+                };
+                let public = PublicOptions::of(&plan.source).map_err(in_layer)?;
+                let secret = keys.unwrap(&plan.source).map_err(in_layer)?;
+                let decryptor = secret.decryptor(&public).map_err(in_layer)?.with_diff_id(&diff_id);
+                Some((decryptor, secret.parts(&public).map_err(in_layer)?))
+            }
+        };
+        let Some(compression) = plan.compression else {
+            return Err(CopyError::Unsupported(format!("layer {what} is of a type that is not known")));
+        };
+        let task = self.progress().begin(&format!("layer {}", plan.source.digest.short()), Some(plan.source.size));
+        let mut stream = layer::open(self.job, &plan.source, task.as_ref(), &self.stop)?;
+        let stored = StoredLayer { descriptor: &plan.source, compression, diff_id, secret };
+        let outcome = read(&mut stream, stored, task.as_ref())?;
+        let damaged = |source| CopyError::from_stream(&what, source);
         if std::io::copy(&mut stream, &mut std::io::sink()).map_err(damaged)? > 0 {
             return Err(CopyError::NotReadToEnd(what));
         }

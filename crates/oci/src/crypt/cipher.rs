@@ -220,13 +220,26 @@ impl LayerSecret {
         Digest::sha256(tag.as_ref())
     }
 
+    /// What decrypts parts of the layer, for whoever knows their digests.
+    ///
+    /// # Errors
+    /// [`CryptError::PrivateOptions`]: neither document has a nonce.
+    pub fn parts(self, public: &PublicOptions) -> Result<LayerParts, CryptError> {
+        let nonce = self.nonce(public)?;
+        Ok(LayerParts { key: self.key, nonce })
+    }
+
+    fn nonce(&self, public: &PublicOptions) -> Result<[u8; NONCE_LEN], CryptError> {
+        (public.nonce.or(self.nonce))
+            .ok_or_else(|| CryptError::PrivateOptions("there is no nonce in it, nor in the public options".into()))
+    }
+
     /// Starts to decrypt the layer.
     ///
     /// # Errors
     /// [`CryptError::PrivateOptions`]: neither document has a nonce.
     pub fn decryptor(&self, public: &PublicOptions) -> Result<LayerDecryptor, CryptError> {
-        let nonce = (public.nonce.or(self.nonce))
-            .ok_or_else(|| CryptError::PrivateOptions("there is no nonce in it, nor in the public options".into()))?;
+        let nonce = self.nonce(public)?;
         Ok(LayerDecryptor {
             stream: Stream::new(&self.key, nonce)?,
             mac: hmac::Context::with_key(&mac_key(&self.key)),
@@ -240,6 +253,43 @@ impl LayerSecret {
 impl fmt::Debug for LayerSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("LayerSecret(…)")
+    }
+}
+
+/// Decrypts parts of a layer. The layer's MAC says nothing of a part: the caller verifies the ciphertext by a digest of its own.
+pub struct LayerParts {
+    key: SecretArray<KEY_LEN>,
+    nonce: [u8; NONCE_LEN],
+}
+
+impl LayerParts {
+    /// Decrypts, in place, the bytes of the layer that begin at `offset`.
+    ///
+    /// # Errors
+    /// [`CryptError::Cipher`]
+    pub fn decrypt(&self, offset: u64, data: &mut [u8]) -> Result<(), CryptError> {
+        let mut block = [0; 16];
+        let counter = u128::from_be_bytes(self.nonce).wrapping_add((offset / 16).into());
+        let mut stream = Stream::new(&self.key, counter.to_be_bytes())?;
+        let before = usize::try_from(offset % 16).unwrap_or(0);
+        stream.apply(block.get_mut(..before).unwrap_or_default())?;
+        data.chunks_mut(SCRATCH).try_for_each(|piece| stream.apply(piece))
+    }
+
+    /// A name for the key and the nonce, which tells nothing of them: whoever has another one decrypts to noise.
+    pub fn name(&self) -> [u8; 32] {
+        let mut message = b"nacre layer parts ".to_vec();
+        message.extend_from_slice(&self.nonce);
+        let tag = hmac::sign(&mac_key(&self.key), &message);
+        let mut name = [0; 32];
+        name.copy_from_slice(Digest::sha256(tag.as_ref()).as_bytes());
+        name
+    }
+}
+
+impl fmt::Debug for LayerParts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LayerParts(…)")
     }
 }
 

@@ -23,7 +23,7 @@ pub mod provider;
 mod reader;
 mod recipients;
 
-pub use cipher::{LayerDecryptor, LayerEncryptor, LayerSecret, PublicOptions};
+pub use cipher::{LayerDecryptor, LayerEncryptor, LayerParts, LayerSecret, PublicOptions};
 pub use error::{Attempt, CryptError, SchemeError};
 pub use keyring::Keyring;
 pub use reader::{DecryptingReader, EncryptingReader, encrypt_layer};

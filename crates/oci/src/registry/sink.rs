@@ -187,6 +187,10 @@ impl ImageSink for DockerSink {
         })
     }
 
+    fn attach(&self, artifact: &RawManifest) -> Result<(), TransportError> {
+        self.put_manifest(artifact)
+    }
+
     fn commit(&self, manifest: &RawManifest) -> Result<(), TransportError> {
         if let Some(expected) = self.reference.digest().filter(|digest| *digest != manifest.digest()) {
             let (expected, found) = (*expected, *manifest.digest());

@@ -108,6 +108,20 @@ impl OciDirSink {
         Ok(())
     }
 
+    /// Makes all of it visible and durable.
+    fn finish(&self, state: &mut State) -> Result<(), TransportError> {
+        let _lock = self.dir.lock()?;
+        self.publish(state)?;
+        state.committed = true;
+        self.dir.remove_flat(&self.temp_name)?;
+        self.dir.sync()?;
+        if self.created {
+            let (parent, _) = files::parent_and_name(self.dir.path())?;
+            Dir::open(&parent)?.sync()?;
+        }
+        Ok(())
+    }
+
     /// Moves the blobs to their places, under the layout's lock.
     fn publish(&self, state: &State) -> Result<(), TransportError> {
         let blobs = self.dir.make_subdir("blobs")?;
@@ -208,20 +222,16 @@ impl ImageSink for OciDirSink {
         })
     }
 
+    fn attach(&self, artifact: &RawManifest) -> Result<(), TransportError> {
+        self.put_manifest(artifact)?;
+        self.finish(&mut self.state())
+    }
+
     fn commit(&self, manifest: &RawManifest) -> Result<(), TransportError> {
         self.put_bytes(manifest)?;
-        let _lock = self.dir.lock()?;
         let mut state = self.state();
         state.additions.named(manifest, self.name.as_deref());
-        self.publish(&state)?;
-        state.committed = true;
-        self.dir.remove_flat(&self.temp_name)?;
-        self.dir.sync()?;
-        if self.created {
-            let (parent, _) = files::parent_and_name(self.dir.path())?;
-            Dir::open(&parent)?.sync()?;
-        }
-        Ok(())
+        self.finish(&mut state)
     }
 }
 

@@ -4,13 +4,7 @@
 //! may have threads. Its standard output is a pipe to us: it writes the device there and closes it when all works; where it ends before,
 //! it has told why on standard error, and its exit code is ours.
 
-use std::{
-    env,
-    fs::File,
-    io::Read as _,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::path::Path;
 
 use anyhow::Context as _;
 use nacre_export::{
@@ -27,50 +21,28 @@ use crate::{
         Global,
         disk::{DeviceKind, OpenArgs},
     },
-    output,
+    background, output,
 };
 
 /// Tells a process that it is the one in the background; see `OpenArgs::detached`.
 const DETACHED: &str = "NACRE_DISK_DETACHED";
-/// The most bytes of what the process in the background says of its devices.
-const DEVICES_LIMIT: u64 = 64 << 10;
 
 /// The exit code.
 pub(super) fn open(global: &Global, args: &OpenArgs) -> anyhow::Result<i32> {
     if !args.foreground && !args.detached {
-        return detach();
+        return background::start(DETACHED, "the process that serves the disk");
     }
     if args.detached {
-        // Out of the terminal's reach. It is no leader of a group, having just been started.
-        rustix::process::setsid().context("a session of its own")?;
+        background::own_session()?;
     }
     // Before the store has threads. Without the privilege the front ends say so, once.
     let _ = nacre_sys::memory::become_io_flusher();
     let start = |store: Served, slot: &Slot| start(store, slot, args);
     let ready = |devices: &[String], slot: &Slot| {
         devices.iter().try_for_each(output::line)?;
-        if args.detached { leave(slot) } else { Ok(()) }
+        if args.detached { background::leave(&slot.log().context("the log of a running disk")?) } else { Ok(()) }
     };
     run::run(global, &args.store, &args.disk, start, ready).map(|()| 0)
-}
-
-fn detach() -> anyhow::Result<i32> {
-    let mut child = Command::new("/proc/self/exe")
-        .args(env::args_os().skip(1))
-        .env(DETACHED, "true")
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("the process that serves the disk cannot be started")?;
-    let mut devices = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(DEVICES_LIMIT).read_to_string(&mut devices).context("the process that serves the disk")?;
-    }
-    if devices.is_empty() {
-        let status = child.wait().context("the process that serves the disk")?;
-        return Ok(status.code().unwrap_or(output::Exit::Other as i32));
-    }
-    output::line(devices.trim_end())?;
-    Ok(0)
 }
 
 fn start(store: Served, slot: &Slot, args: &OpenArgs) -> anyhow::Result<Started> {
@@ -107,17 +79,6 @@ fn clean_up(run: &Path) {
     if let Err(error) = kernel::cleanup_fuse(run) {
         tracing::warn!(%error, "what a killed server left stays");
     }
-}
-
-/// Leaves the terminal, the directory and the caller's pipe: who waits for the devices has them.
-fn leave(slot: &Slot) -> anyhow::Result<()> {
-    let log = slot.log().context("the log of a running disk")?;
-    let null = File::options().read(true).write(true).open("/dev/null").context("/dev/null")?;
-    env::set_current_dir("/").context("/")?;
-    rustix::stdio::dup2_stderr(&log)?;
-    rustix::stdio::dup2_stdin(&null)?;
-    rustix::stdio::dup2_stdout(&null)?;
-    Ok(())
 }
 
 /// Whether no device can be like that, rather than that this kernel has none.

@@ -5,7 +5,7 @@ use zerocopy::FromBytes as _;
 use super::{CUT, CheckError, Linked, Pending, Walk, limit};
 use crate::erofs::{
     layout::{
-        BLOCK, BLOCK_BITS, CHUNK, DEVICE_ID, Device, FileType, INODE, MOST_TARGET, RawChunk, RawInode, SLOT,
+        BLOCK, BLOCK_BITS, CHUNK, DEVICE_ID, Device, FileType, INODE, MOST_TARGET, ROOT, RawChunk, RawInode, SLOT,
         chunk_bits, chunks, split_flat,
     },
     parse::parse_inode,
@@ -107,7 +107,7 @@ impl<R: ReadAt + ?Sized> Walk<'_, R> {
             }
             FileType::Directory | FileType::Symlink => {
                 let size = u32::try_from(inode.size).map_err(|_| CUT)?;
-                let (tail, blocks) = split_flat(size, xattrs);
+                let (tail, blocks) = split_flat(size, xattrs, inode.nid == ROOT);
                 if inode.inline != (tail > 0) {
                     return Err("is inline where it would not be, or is not where it would be");
                 }

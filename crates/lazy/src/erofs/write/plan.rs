@@ -10,8 +10,8 @@ use super::{DirEntry, WriteError};
 use crate::erofs::{
     dirs::directory_size,
     layout::{
-        BLOCK, CHUNK, FIRST_RECORD, FileType, INODE, MOST_IMAGE, MOST_SHARED, SLOT, XATTR_HEADER, chunk_bits, chunks,
-        split_flat,
+        BLOCK, CHUNK, FIRST_RECORD, FileType, INODE, MOST_IMAGE, MOST_SHARED, ROOT_ROOM, SLOT, XATTR_HEADER,
+        chunk_bits, chunks, split_flat,
     },
     tree::{Data, Inode, ROOT, Tree, shown, xattrs::Pair},
 };
@@ -136,14 +136,14 @@ impl<'t> Plan<'t> {
     }
 
     pub(super) fn body(&self, index: usize) -> Result<Body, WriteError> {
-        let (_, inode, _) = self.inode(index)?;
+        let (number, inode, _) = self.inode(index)?;
         Ok(match inode.data {
             Data::CharDevice(place) | Data::BlockDevice(place) => Body::Nothing { place },
             Data::File { size: 0, .. } | Data::Fifo | Data::Socket | Data::Free => Body::Nothing { place: 0 },
             Data::File { size, block } => Body::Chunks { size, bits: chunk_bits(size), count: chunks(size), block },
             Data::Directory(_) | Data::Symlink(_) => {
                 let flat = self.flats.get(index).copied().unwrap_or_default();
-                let (tail, blocks) = split_flat(flat.size, self.xattr_size(inode.xattrs));
+                let (tail, blocks) = split_flat(flat.size, self.xattr_size(inode.xattrs), number == ROOT);
                 // It is within the image, whose blocks were counted.
                 let block = self.first_block.saturating_add(flat.block);
                 Body::Flat { size: flat.size.into(), tail, blocks, block }
@@ -251,6 +251,9 @@ impl<'t> Plan<'t> {
                     fixed + tail
                 }
             };
+            if index == 0 && size > ROOT_ROOM {
+                return Err(WriteError::Root);
+            }
             if at % BLOCK as u64 + size as u64 > BLOCK as u64 {
                 at = at.next_multiple_of(BLOCK as u64);
             }

@@ -213,3 +213,26 @@ fn malformed_private_options_are_refused_and_not_quoted() {
     let (_, public, _) = encrypt(b"");
     assert!(matches!(bare.decryptor(&public), Err(CryptError::PrivateOptions(_))), "a nonce is needed somewhere");
 }
+
+#[test]
+fn parts_of_a_layer_decrypt_as_the_whole_does() {
+    let plain: Vec<u8> = (0..50_000u32).map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    // The last one's counter begins again at zero within the layer.
+    for nonce in [[7; NONCE_LEN], [0xFF; NONCE_LEN]] {
+        let key = SecretArray::fill(|slot| slot.fill(9));
+        let secret = LayerSecret { key, nonce: Some(nonce), digest: Digest::sha256(&plain) };
+        let public = PublicOptions { hmac: [0; MAC_LEN], nonce: None };
+        let mut sealed = plain.clone();
+        secret.decryptor(&public).unwrap().update(&mut sealed).unwrap();
+        let parts = secret.parts(&public).unwrap();
+        for (from, to) in [(0, 50_000), (0, 1), (1, 17), (16, 32), (31, 9000), (8191, 20_000), (49_999, 50_000)] {
+            let mut part = sealed[from..to].to_vec();
+            parts.decrypt(from as u64, &mut part).unwrap();
+            assert!(part == plain[from..to], "bytes {from} to {to}");
+        }
+        let other = SecretArray::fill(|slot| slot.fill(8));
+        let other = LayerSecret { key: other, nonce: Some(nonce), digest: Digest::sha256(&plain) };
+        assert_ne!(other.parts(&public).unwrap().name(), parts.name());
+        assert_eq!(format!("{parts:?}"), "LayerParts(…)");
+    }
+}
