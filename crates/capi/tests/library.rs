@@ -302,7 +302,7 @@ fn a_c_program_is_told_what_a_host_changed_and_what_is_not_trusted() {
     scene.fails("", &layout, "cache", &["tree"], 22, &["there is no trust policy"]);
     let plain = format!("oci:{}:v1", scene.at("layout").display());
     let open = format!("{trust}[trust.admission]\nplain_unsigned = true\n");
-    scene.fails(&open, &plain, "cache", &["tree"], 22, &["no lazy image"]);
+    scene.fails(&open, &plain, "cache", &["tree"], 22, &["has no index beside it"]);
     scene.fails(&config, "docker://127.0.0.1:1/x:y", "cache", &["tree"], 5, &["127.0.0.1:1"]);
 }
 
