@@ -107,7 +107,7 @@ fn open(service: &ImageService, store: &LazyStore, text: &str) -> anyhow::Result
     let last = locations.len().saturating_sub(1);
     for (position, location) in locations.iter().enumerate() {
         let source: Arc<dyn ImageSource> = Arc::from(service.source(location)?);
-        match store.image(service.images(), Arc::clone(&source)) {
+        match store.lazy_image(service.images(), Arc::clone(&source)) {
             Err(LazyError::Pull(PullError::Transport(error))) if error.is_not_found() && position < last => {}
             image => return Ok((image?, source)),
         }

@@ -278,16 +278,36 @@ impl LazyStore {
         &self.shared
     }
 
-    /// Opens the image that a source has.
+    /// Opens the image that a source has: a lazy one, or an ordinary one by its index.
     ///
     /// # Errors
     /// [`LazyError`]
     pub fn image(&self, images: &Images, source: Arc<dyn ImageSource>) -> Result<LazyImage, LazyError> {
         let (manifest, admission) = images.admit_lazy(&*source)?;
-        if !is_lazy(&manifest) {
-            return self.indexed(images, &source, &manifest, admission);
+        if is_lazy(&manifest) {
+            self.admitted(images, source, &manifest, admission)
+        } else {
+            self.indexed(images, &source, &manifest, admission)
         }
-        let artifact = Artifact::parse(&manifest)?;
+    }
+
+    /// Opens the lazy image that a source has.
+    ///
+    /// # Errors
+    /// [`LazyError`]: it is an ordinary one, for one.
+    pub fn lazy_image(&self, images: &Images, source: Arc<dyn ImageSource>) -> Result<LazyImage, LazyError> {
+        let (manifest, admission) = images.admit_lazy(&*source)?;
+        self.admitted(images, source, &manifest, admission)
+    }
+
+    fn admitted(
+        &self,
+        images: &Images,
+        source: Arc<dyn ImageSource>,
+        manifest: &Manifest,
+        admission: Admission,
+    ) -> Result<LazyImage, LazyError> {
+        let artifact = Artifact::parse(manifest)?;
         let key = artifact.unwrap(images.keyring())?;
         let mut place = Place::new(&self.mounts())?;
         let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs, None)?;

@@ -25,7 +25,7 @@ pub(super) struct Ours {
 impl Ours {
     pub(super) fn command(&self, root: &Path) -> Command {
         let mut command = Command::new(&self.nacre);
-        command.arg("--root").arg(root).stdin(Stdio::null());
+        command.args(["--log", "error", "--root"]).arg(root).stdin(Stdio::null());
         command
     }
 
@@ -84,12 +84,13 @@ pub(super) fn peak(pid: u32) -> Result<f64> {
 
 /// The process that serves a store's mounts.
 pub(super) fn daemon(root: &Path) -> Result<u32> {
+    let directory = root.join("lazy");
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
-        let ours = words.contains(&root.as_os_str().as_encoded_bytes());
+        let ours = words.contains(&directory.as_os_str().as_encoded_bytes());
         if ours && words.windows(2).any(|pair| pair == [&b"daemon"[..], b"serve"]) {
             return Ok(pid);
         }
