@@ -156,6 +156,7 @@ impl Gunzip {
     }
 
     /// Whether the stream may end here.
+    #[cfg(feature = "build")]
     pub(crate) fn is_between(&self) -> bool {
         matches!(&self.at, At::Header(header) if header.is_empty())
     }
