@@ -183,8 +183,9 @@ impl Nydus {
         let log = File::create(self.place.join("nydusd.log"))?;
         let mut command = Command::new(&self.daemon);
         command.arg("fuse").arg("--mountpoint").arg(target).arg("--bootstrap").arg(self.bootstrap(name));
-        command.arg("--config").arg(&config).args(["--log-level", "error"]).stdin(Stdio::null());
-        let child = command.stdout(log.try_clone()?).stderr(log).spawn()?;
+        // As many descriptors as it has: it may not raise the limit everywhere.
+        command.arg("--config").arg(&config).args(["--rlimit-nofile", "0", "--log-level", "error"]);
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         let mut served = Nydusd { child, target: target.to_owned() };
         let end = Instant::now() + Duration::from_secs(20);
         while fs::read_dir(target)?.next().is_none() {
