@@ -13,6 +13,9 @@ const GIVE_WAY: Duration = Duration::from_secs(1);
 /// The fewest bytes of a request under a limit: below, requests cost more than what they bring.
 const LEAST: u64 = 64 << 10;
 
+/// The lowest limit that there may be: a read waits for no more than a second or so of it.
+pub const LEAST_RATE: NonZeroU64 = NonZeroU64::MIN.saturating_add((64 << 10) - 1);
+
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Urgency {
@@ -71,8 +74,7 @@ impl Pace {
         let Some(rate) = self.rate else { return turn };
         let now = Instant::now();
         let from = state.paid.map_or(now, |paid| paid.max(now.checked_sub(SAVED).unwrap_or(now)));
-        // Never longer than a request is worth, whatever the rate.
-        let cost = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
+        let cost = Duration::try_from_secs_f64(bytes as f64 / rate.max(LEAST_RATE).get() as f64).unwrap_or(SAVED);
         state.paid = Some(from + cost);
         drop(state);
         std::thread::sleep(from.saturating_duration_since(now));

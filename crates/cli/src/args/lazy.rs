@@ -31,7 +31,7 @@ pub(crate) struct LazyArgs {
     /// How many seconds a read waits for a registry that does not answer, before it fails [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) patience: Option<u64>,
-    /// The most bytes a second that are fetched; what somebody waits for goes before what is fetched ahead [default: 0, no limit]
+    /// The most bytes a second that are fetched, 64K or more; what somebody waits for goes before what is fetched ahead [default: 0, no limit]
     #[arg(long, value_name = "SIZE")]
     pub(crate) bandwidth: Option<Size>,
     /// How the image becomes a filesystem [default: auto]

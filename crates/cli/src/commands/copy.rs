@@ -35,18 +35,7 @@ pub(crate) fn copy(global: &Global, args: &CopyArgs) -> anyhow::Result<()> {
     let mut setup = Setup::new(global, args.json)?;
     setup.add_registry(&args.registry);
     let config = &setup.config;
-    let client = Client::new(
-        config.registry.clone(),
-        RegistriesConf::system(config.registries.conf.as_deref())?,
-        CredentialStore::system(config.registries.credentials.as_deref().map(Path::new))?,
-        setup.progress.clone(),
-    )?;
-    let configured = || config.trust.registries_d.clone().or_else(crate::setup::registries_d);
-    let registries_d = args.registries_d.clone().or_else(configured);
-    let lookaside = match &registries_d {
-        Some(dir) => LookasideConfig::load_dir(dir)?,
-        None => LookasideConfig::default(),
-    };
+    let (client, lookaside) = shipping(&setup, args.registries_d.as_deref())?;
     // What the arguments get wrong is said before anybody is asked for anything.
     let platforms = platforms(args, config.image.platform.as_deref())?;
     let compression = args.compression.as_deref().map(recompress).transpose()?;
@@ -163,6 +152,23 @@ fn recompress(text: &str) -> anyhow::Result<Recompress> {
         _ => return Err(Usage(format!("--compression '{text}': gzip, zstd and none are known")).into()),
     };
     Ok(Recompress { to, level: None })
+}
+
+/// How registries are spoken to by who ships images, and where their signatures are.
+pub(super) fn shipping(setup: &Setup, registries_d: Option<&Path>) -> anyhow::Result<(Client, LookasideConfig)> {
+    let config = &setup.config;
+    let client = Client::new(
+        config.registry.clone(),
+        RegistriesConf::system(config.registries.conf.as_deref())?,
+        CredentialStore::system(config.registries.credentials.as_deref().map(Path::new))?,
+        setup.progress.clone(),
+    )?;
+    let configured = || config.trust.registries_d.clone().or_else(crate::setup::registries_d);
+    let lookaside = match registries_d.map(Path::to_owned).or_else(configured) {
+        Some(dir) => LookasideConfig::load_dir(&dir)?,
+        None => LookasideConfig::default(),
+    };
+    Ok((client, lookaside))
 }
 
 pub(super) enum OwnedKey {

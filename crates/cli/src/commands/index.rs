@@ -1,9 +1,6 @@
 //! `nacre image index`: makes an ordinary image mountable where it is.
 
-use std::{
-    path::Path,
-    sync::{Mutex, PoisonError},
-};
+use std::sync::{Mutex, PoisonError};
 
 use nacre_lazy::index::build::{IndexRemake, IndexReport};
 use nacre_oci::{
@@ -11,14 +8,12 @@ use nacre_oci::{
     crypt::{Keyring, Recipients},
     manifest::Compression,
     reference::Location,
-    registry::{Client, CredentialStore, RegistriesConf},
     transport::{open_sink, open_source},
-    trust::LookasideConfig,
     unpack::Limits,
 };
 use serde_json::{Value, json};
 
-use super::copy::{Signing, admitted, location};
+use super::copy::{Signing, admitted, location, shipping};
 use crate::{
     args::{Global, index::IndexArgs},
     exit::Usage,
@@ -31,17 +26,7 @@ pub(crate) fn index(global: &Global, args: &IndexArgs) -> anyhow::Result<()> {
     let mut setup = Setup::new(global, args.json)?;
     setup.add_registry(&args.registry);
     let config = &setup.config;
-    let client = Client::new(
-        config.registry.clone(),
-        RegistriesConf::system(config.registries.conf.as_deref())?,
-        CredentialStore::system(config.registries.credentials.as_deref().map(Path::new))?,
-        setup.progress.clone(),
-    )?;
-    let configured = || config.trust.registries_d.clone().or_else(crate::setup::registries_d);
-    let lookaside = match &args.registries_d.clone().or_else(configured) {
-        Some(dir) => LookasideConfig::load_dir(dir)?,
-        None => LookasideConfig::default(),
-    };
+    let (client, lookaside) = shipping(&setup, args.registries_d.as_deref())?;
     let platforms = match config.image.platform.as_deref() {
         Some(platform) => Platforms::One(platform.parse()?),
         None => Platforms::Host,

@@ -3,7 +3,7 @@
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 
 use nacre_core::{Digest, SecretArray, SecretBytes};
-use nacre_lazy::keys::MetadataKey;
+use nacre_lazy::{keys::MetadataKey, pace::LEAST_RATE};
 use nacre_oci::{manifest::ImageConfig, reference::Location};
 
 use super::{ImageService, ServiceError, absolute};
@@ -143,5 +143,10 @@ pub(super) fn options(store: &Store, config: &LazyConfig) -> Result<LazyOptions,
     };
     let patience = Duration::from_secs(config.patience);
     let bandwidth = NonZeroU64::new(config.bandwidth);
+    if bandwidth.is_some_and(|rate| rate < LEAST_RATE) {
+        let problem =
+            format!("a bandwidth of {} bytes a second: at least {LEAST_RATE}, or 0 for no limit", config.bandwidth);
+        return Err(ServiceError::Config(problem));
+    }
     Ok(LazyOptions { directory, cache, cache_limit: config.cache_limit, patience, bandwidth })
 }

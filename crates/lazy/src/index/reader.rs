@@ -224,7 +224,9 @@ impl IndexReader {
     fn identity(&self, span: &Span) -> Result<ChunkEntry, ReadError> {
         let (blob, _, key) = self.layer(span)?;
         let mut hash = Context::new(&SHA256);
-        for part in [&b"span"[..], &[span.kind, span.bits, span.byte], &span.window_digest, key] {
+        // Counter mode makes other bytes of the same ciphertext elsewhere.
+        let place = span.place.get().to_le_bytes();
+        for part in [&b"span"[..], &[span.kind, span.bits, span.byte], &place, &span.window_digest, key] {
             hash.update(part);
         }
         let mut entry = wanted(*blob, span.place.get(), span.stored.get(), &span.digest).entry;
