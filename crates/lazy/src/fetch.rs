@@ -142,7 +142,10 @@ impl Fetcher {
         let _turn = self.pace.turn(out.len() as u64, Urgency::Waited);
         let (deadline, mut wait) = (Instant::now() + self.patience, FIRST_WAIT);
         loop {
-            match source.read(blob, offset, out, attempt) {
+            let begin = Instant::now();
+            let answer = source.read(blob, offset, out, attempt);
+            tracing::debug!(%blob, offset, length = out.len(), took = ?begin.elapsed(), "asked for a part of a blob");
+            match answer {
                 Err(error) if error.temporary && Instant::now() + wait <= deadline => {
                     tracing::warn!("{error}; it is asked for again");
                     self.counters.retries.fetch_add(1, Ordering::Relaxed);
@@ -335,7 +338,10 @@ impl Fetcher {
         let mut bytes = vec![0; usize::try_from(last.range().end - start).ok()?];
         let _turn = self.pace.turn(bytes.len() as u64, urgency);
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        if let Err(last) = source.read(&blob, start, &mut bytes, attempt) {
+        let begin = Instant::now();
+        let answer = source.read(&blob, start, &mut bytes, attempt);
+        tracing::debug!(%blob, start, length = bytes.len(), chunks = chunks.len(), took = ?begin.elapsed(), "asked for chunks");
+        if let Err(last) = answer {
             let again = last.temporary;
             return Some((Box::new(move |attempts| FetchError::Source { attempts, last: last.clone() }), again));
         }

@@ -4,6 +4,7 @@
 //! decrypted, decompressed, straight into the answer where all of it is wanted. A chunk of which only a part is wanted is kept for a
 //! while, since the next read is likely to want the rest.
 
+mod guess;
 mod prefetch;
 #[cfg(feature = "build")]
 mod survey;
@@ -29,15 +30,13 @@ use crate::{
     trace::Recorder,
 };
 
+use guess::Guesses;
 pub use prefetch::Prefetched;
 #[cfg(feature = "build")]
 pub use survey::{Counts, Survey};
 
 /// Bytes of decoded chunks that are kept, for all images of a process.
 const KEPT: usize = 8 << 20;
-/// A reader that goes on where it left off has this much fetched ahead of it at first, and twice as much each time, up to the most.
-const AHEAD: u64 = 128 << 10;
-const MOST_AHEAD: u64 = 4 << 20;
 /// The most chunks of one read: 64 for each that a builder of ours makes of 1 MiB, so that a table of tiny ones fills no memory.
 const MOST_PARTS: usize = 16 << 10;
 
@@ -183,8 +182,7 @@ pub struct Reader {
     blobs: Vec<BlobId>,
     /// Where the last read ended, for readers that go on there.
     last: AtomicU64,
-    /// How much is fetched ahead of it.
-    ahead: AtomicU64,
+    guesses: Guesses,
     /// Bytes that were read.
     pub read_bytes: AtomicU64,
     /// The last failure, for people.
@@ -224,7 +222,7 @@ impl Reader {
             summary,
             blobs,
             last: AtomicU64::new(u64::MAX),
-            ahead: AtomicU64::new(0),
+            guesses: Guesses::default(),
             read_bytes: AtomicU64::new(0),
             failure: Mutex::default(),
             recorder: OnceLock::new(),
@@ -299,6 +297,7 @@ impl Reader {
         self.shared.fetcher.cached(&wanted, |at, stored| {
             if let (Some(here), Some(part)) = (here.get_mut(at), missing.get(at)) {
                 *here = true;
+                self.guesses.came_true(&part.entry);
                 return self.decode(part, stored, out);
             }
             Ok(())
@@ -309,30 +308,15 @@ impl Reader {
             return Ok(());
         }
         let mut wanted: Vec<Wanted> = away.iter().map(|(_, wanted)| *wanted).collect();
-        let ahead = match self.ahead.load(Ordering::Relaxed) {
-            _ if !sequential => 0,
-            before => (before * 2).clamp(AHEAD, MOST_AHEAD),
-        };
-        self.ahead.store(ahead, Ordering::Relaxed);
-        self.look_ahead(offset + out.len() as u64, ahead, &mut wanted);
+        if self.shared.fetcher.cache().is_some() {
+            self.guess(offset + out.len() as u64, sequential, &mut wanted);
+        }
         let fetched = self.shared.fetcher.fetch(self.source.as_ref(), &wanted, Urgency::Waited)?;
         for ((part, _), stored) in away.into_iter().zip(fetched) {
             let mut stored = Arc::try_unwrap(stored).unwrap_or_else(|shared| shared.to_vec());
             self.decode(part, Verified::new(&part.entry, &mut stored)?, out)?;
         }
         Ok(())
-    }
-
-    /// Adds what a sequential reader will want next, if it is not in the cache: one request is cheaper than many. What was added is
-    /// fetched into the cache, and not given back.
-    fn look_ahead(&self, from: u64, ahead: u64, wanted: &mut Vec<Wanted>) {
-        let length = usize::try_from(ahead.min(self.size().saturating_sub(from))).unwrap_or(0);
-        if self.shared.fetcher.cache().is_none() || length == 0 {
-            return;
-        }
-        let Ok(parts) = self.parts(from, length) else { return };
-        let entries: Vec<ChunkEntry> = parts.iter().map(|part| part.entry).collect();
-        wanted.extend(self.away(&entries));
     }
 
     /// Of these, what is not in the cache.
