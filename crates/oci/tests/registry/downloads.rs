@@ -1,7 +1,13 @@
 //! Manifests and blobs from registries that are slow, cut, lie or fail.
 
 use std::{
-    io::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -336,4 +342,57 @@ fn messages_of_the_peer_carry_no_control_characters() {
     });
     let error = source(&client(quick()), &format!("{}/a:b", script.host)).manifest(None).unwrap_err().to_string();
     assert!(error.contains("owned") && !error.chars().any(char::is_control), "{error:?}");
+}
+
+#[test]
+fn reads_of_parts_share_a_connection() {
+    let blob = noise(100_000);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let name = format!("{}/a/b:v1", listener.local_addr().unwrap());
+    let (connections, served) = (Arc::new(AtomicUsize::new(0)), blob.clone());
+    let counted = Arc::clone(&connections);
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let mut fresh = true;
+            while let Some(range) = asked(&mut stream) {
+                let (head, part) = match range {
+                    Some((first, last)) => {
+                        counted.fetch_add(usize::from(std::mem::take(&mut fresh)), Ordering::SeqCst);
+                        let head =
+                            format!("206 Partial Content\r\nContent-Range: bytes {first}-{last}/{}", served.len());
+                        (head, &served[first..=last])
+                    }
+                    None => ("200 OK".to_owned(), &b"{}"[..]),
+                };
+                let head = format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\n\r\n", part.len());
+                stream.get_mut().write_all(&[head.as_bytes(), part].concat()).unwrap();
+            }
+        }
+    });
+    let source = source(&client(quick()), &name);
+    for offset in (0..90_000).step_by(9000) {
+        let mut part = [0; 5000];
+        source.read_blob(&descriptor(&blob), offset as u64, &mut part, 0).unwrap();
+        assert_eq!(part, blob[offset..offset + 5000]);
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 1);
+}
+
+/// Reads a request up to its end; gives the range that it asks for, `None` at the end of the connection.
+fn asked(stream: &mut BufReader<TcpStream>) -> Option<Option<(usize, usize)>> {
+    let mut range = None;
+    loop {
+        let mut line = String::new();
+        if stream.read_line(&mut line).unwrap_or(0) == 0 {
+            return None;
+        }
+        let line = line.trim_end().to_ascii_lowercase();
+        if line.is_empty() {
+            return Some(range);
+        }
+        if let Some((first, last)) = line.strip_prefix("range: bytes=").and_then(|range| range.split_once('-')) {
+            range = Some((first.parse().unwrap(), last.parse().unwrap()));
+        }
+    }
 }
