@@ -190,7 +190,7 @@ fn a_consumer_that_waits_does_not_make_the_peer_slow() {
     let mut stream = source(&client(config), &name).blob(&descriptor(&blob)).unwrap();
     let mut piece = vec![0; 1_000_000];
     for expected in blob.chunks(1_000_000) {
-        std::thread::sleep(Duration::from_millis(150));
+        thread::sleep(Duration::from_millis(150));
         stream.read_exact(&mut piece).unwrap();
         assert_eq!(piece, expected);
     }
@@ -213,7 +213,7 @@ fn an_answer_that_never_comes_is_not_waited_for() {
 
 #[test]
 fn a_handshake_that_never_ends_is_not_waited_for() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let name = format!("{}/a:b", listener.local_addr().unwrap());
     let config = ClientConfig {
         retries: 0,
