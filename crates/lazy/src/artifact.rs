@@ -133,7 +133,8 @@ impl Artifact {
         self.table.as_ref().and_then(blob_id).unwrap_or(BlobId { digest: [0; 32], size: 0 })
     }
 
-    fn descriptors(&self) -> impl Iterator<Item = &Descriptor> {
+    /// All its blobs.
+    pub fn descriptors(&self) -> impl Iterator<Item = &Descriptor> {
         std::iter::once(&self.metadata).chain(&self.table).chain(&self.data)
     }
 }
@@ -192,9 +193,25 @@ pub fn read_metadata(
     artifact: &Artifact,
     key: Option<&MetadataKey>,
     erofs: &mut File,
-    mut copy: Option<&mut File>,
+    copy: Option<&mut File>,
 ) -> Result<Metadata, OpenError> {
     let descriptor = &artifact.metadata;
+    fetch_metadata(source, descriptor, erofs, copy, |stream, erofs| {
+        Metadata::read(stream, &descriptor.digest, key, erofs)
+    })
+}
+
+/// The same, of a metadata blob that something else reads and verifies.
+///
+/// # Errors
+/// [`OpenError`]: the last place's
+pub fn fetch_metadata<T>(
+    source: &dyn ImageSource,
+    descriptor: &Descriptor,
+    erofs: &mut File,
+    mut copy: Option<&mut File>,
+    mut read: impl FnMut(&mut dyn Read, &mut File) -> Result<T, OpenError>,
+) -> Result<T, OpenError> {
     let mut attempt = 0;
     loop {
         // The first place is asked for a stream, which is repeated where it breaks off.
@@ -204,7 +221,7 @@ pub fn read_metadata(
             Some(blob) => blob,
             None => &mut parts,
         };
-        match Metadata::read(&mut Copying { stream, copy: copy.as_deref_mut() }, &descriptor.digest, key, erofs) {
+        match read(&mut Copying { stream, copy: copy.as_deref_mut() }, erofs) {
             Err(error) if attempt < METADATA_ATTEMPTS && !matches!(error, OpenError::Local(_)) => {
                 tracing::warn!("the metadata of {}: {error}; it is asked for again", source.location());
                 for file in [Some(&mut *erofs), copy.as_deref_mut()].into_iter().flatten() {

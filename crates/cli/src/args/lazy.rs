@@ -53,9 +53,6 @@ pub(crate) struct MountArgs {
     /// Serve it in this process, and not by the daemon that serves all others: it ends with this process
     #[arg(long)]
     pub(crate) foreground: bool,
-    /// Set for the process in the background
-    #[arg(long, hide = true, env = "NACRE_LAZY_DETACHED")]
-    pub(crate) detached: bool,
     #[command(flatten)]
     pub(crate) lazy: LazyArgs,
     #[command(flatten)]

@@ -16,12 +16,10 @@ use anyhow::Context as _;
 use nacre_core::Digest;
 use nacre_guest::{
     bundle::{Overrides, Runtime},
-    images::PullError,
     lazy::{self, Front, Grant, LazyMount, LazyOptions, LazyStore, Mounter},
-    service::{ImageService, ServiceError},
+    service::ImageService,
     store::Store,
 };
-use nacre_lazy::artifact::ArtifactError;
 use nacre_oci::manifest::ImageConfig;
 use nacre_sys::end::EndSignals;
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
@@ -31,7 +29,6 @@ use crate::{
         Global, RunArgs,
         lazy::{DaemonCommand, MountArgs},
     },
-    background,
     commands::disk::Refused,
     exit::{self, Missing, Usage},
     lazyd::{self, MountRequest, Mounted, Request, Shown, Station},
@@ -39,8 +36,6 @@ use crate::{
     setup::{self, Setup},
 };
 
-/// Tells a process that it is the one in the background; see `MountArgs::detached`.
-const DETACHED: &str = "NACRE_LAZY_DETACHED";
 /// How often it is looked whether the image is still mounted.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -52,7 +47,7 @@ fn directory(store: &Store) -> PathBuf {
 /// The exit code.
 pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     setup::privileged()?;
-    if args.foreground || args.detached {
+    if args.foreground {
         return foreground(global, args);
     }
     if nacre_sys::userns::is_inside() {
@@ -69,11 +64,8 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
         options: service.lazy_options().clone(),
         complete: args.complete,
     };
-    let grant = match service.grant_lazy(&args.image) {
-        // By its index, perhaps: a grant does not speak of such yet, and a process of its own serves it.
-        Err(error) if is_ordinary(&error) => return background::start(DETACHED, "the process that serves the image"),
-        grant => grant?,
-    };
+    // The second one is where the daemon finds what it needs first.
+    let (grant, _opened) = service.grant_lazy(&args.image)?;
     let mounted = ask_to_mount(global, grant, request, false)?;
     output::line(format_args!("{} {} {}", mounted.target.display(), mounted.front, mounted.manifest))?;
     Ok(0)
@@ -82,11 +74,6 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
 fn service(global: &Global, args: &MountArgs) -> anyhow::Result<ImageService> {
     let setup = Setup::new(global, false)?.with_keys(&args.keys).with_lazy(&args.lazy);
     setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()
-}
-
-/// Whether what failed is a grant for an ordinary image.
-fn is_ordinary(error: &ServiceError) -> bool {
-    matches!(error, ServiceError::Pull(PullError::LazyKey(ArtifactError::Kind { .. })))
 }
 
 /// Has the daemon mount an image that this process admitted. A mount that is `bound` ends with this process.
@@ -138,9 +125,6 @@ pub(crate) fn by_daemon(global: &Global, service: ImageService, bound: bool) -> 
 /// Serves one image in this process.
 fn foreground(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     nacre_sys::memory::share_one_heap();
-    if args.detached {
-        background::own_session()?;
-    }
     let end = EndSignals::hold()?;
     let service = service(global, args)?;
     let store = LazyStore::open(service.lazy_options().clone())?;
@@ -152,11 +136,6 @@ fn foreground(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
         mounted.served().name(),
         mounted.image.manifest
     ))?;
-    if args.detached {
-        let path = store.directory().join("log");
-        let log = fs::File::options().append(true).create(true).open(&path);
-        background::leave(&log.with_context(|| path.display().to_string())?)?;
-    }
     let reader = Arc::clone(&mounted.image.reader);
     if args.complete {
         // It ends with the process; what is missing then is fetched another time.
@@ -262,14 +241,11 @@ pub(crate) fn run(
         return run_alone(service, &args.image, options, front, overrides, runtime);
     }
     let station = Station::here(&options.directory)?;
-    let grant = match service.grant_lazy(&args.image) {
-        Err(error) if is_ordinary(&error) => {
-            return run_alone(service, &args.image, options, front, overrides, runtime);
-        }
-        grant => grant?,
-    };
     let request = MountRequest { target: None, seen: None, front, options, complete: false };
-    let mounted = ask_to_mount(global, grant, request, true)?;
+    let mounted = {
+        let (grant, _opened) = service.grant_lazy(&args.image)?;
+        ask_to_mount(global, grant, request, true)?
+    };
     let (manifest, config) = (mounted.manifest.parse()?, serde_json::from_value(mounted.config)?);
     let ran = run_mounted(service, &manifest, &mounted.target, &config, overrides, runtime);
     // Whatever the container left running holds the mount; its bundle has gone. The daemon would see our end as well.

@@ -256,16 +256,16 @@ impl Images {
         source: &dyn ImageSource,
         storage: &dyn SignatureStorage,
         digest: &Digest,
-    ) -> Result<(Manifest, Admission), PullError> {
+    ) -> Result<(RawManifest, Manifest, Admission), PullError> {
         let raw = verify_manifest(storage.by_digest(digest)?, digest)?.into_inner();
         let manifest = Manifest::parse(&raw)?;
-        let resolved = Resolved { chain: vec![raw], manifest };
+        let resolved = Resolved { chain: vec![raw.clone()], manifest };
         let requested = match source.location() {
             Location::Docker(name) if name.digest().is_some() => Location::Docker(name.with_digest(*digest)),
             other => other.clone(),
         };
         let (admission, _) = self.admit(&resolved, &requested, Some(storage))?;
-        Ok((resolved.manifest, admission))
+        Ok((raw, resolved.manifest, admission))
     }
 
     /// The config of an image that was admitted, and its bytes.

@@ -4,15 +4,19 @@
 //! only from who may mount images as well as the taker.**
 //!
 //! ```text
-//! 0   NACRGRNT          8   version, 1                 12   bytes of the four parts, 4 each, little-endian
-//! 28  the image's key, 32 or none; released credentials or none; the manifest; the rest, JSON
+//! 0   NACRGRNT          8   version, 2                 12   bytes of the seven parts, 4 each, little-endian
+//! 40  the image's key, or the index's, 32 or none; released credentials or none; the manifest; the rest, JSON; and of an ordinary image the index's
+//!     manifest; the image's config; of each layer 48 bytes, key and nonce, zeroes where it is in the clear
 //! ```
 
 use std::{fs::File, io, os::unix::fs::FileExt as _, path::PathBuf};
 
 use nacre_core::{SecretArray, SecretBytes};
-use nacre_lazy::keys::MetadataKey;
-use nacre_oci::manifest::{MANIFEST_LIMIT, ManifestError, RawManifest};
+use nacre_lazy::{index::LayerKey, keys::MetadataKey};
+use nacre_oci::{
+    crypt::LayerParts,
+    manifest::{MANIFEST_LIMIT, ManifestError, RawManifest},
+};
 use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -20,13 +24,16 @@ use zeroize::Zeroizing;
 use super::origin::Origin;
 
 const MAGIC: &[u8; 8] = b"NACRGRNT";
-const VERSION: u32 = 1;
-const HEADER: usize = 28;
+const VERSION: u32 = 2;
+const PARTS: usize = 7;
+const HEADER: usize = 12 + 4 * PARTS;
 const KEY: usize = 32;
 /// The most bytes of credentials, as of a file of them.
 const RELEASED_LIMIT: usize = 4 << 20;
 /// The most bytes of the rest: of a registries.conf with all its drop-ins, mostly.
 const REST_LIMIT: usize = 16 << 20;
+/// The key of a layer.
+const LAYER: usize = LayerParts::SECRET_LEN;
 
 /// What another process mounts an image by.
 pub struct Grant {
@@ -40,8 +47,20 @@ pub struct Grant {
     pub origin: Origin,
     /// Credentials that a broker released.
     pub released: Option<SecretBytes>,
-    /// Its metadata blob, where it is here already.
+    /// The metadata blob, its own or its index's, where it is here already.
     pub metadata: Option<PathBuf>,
+    /// What an ordinary image is read by.
+    pub index: Option<IndexGrant>,
+}
+
+/// What it takes to read an ordinary image by an index that was admitted, too. The [grant's key](Grant::key) is the index's.
+pub struct IndexGrant {
+    /// The index.
+    pub manifest: RawManifest,
+    /// The image's config.
+    pub config: Vec<u8>,
+    /// What decrypts the image's layers.
+    pub layer_keys: Vec<LayerKey>,
 }
 
 /// Why a file is no grant.
@@ -68,6 +87,9 @@ struct Rest {
     media_type: String,
     origin: Origin,
     metadata: Option<PathBuf>,
+    /// The media type of the index's manifest.
+    #[serde(default)]
+    index: Option<String>,
 }
 
 impl Grant {
@@ -94,11 +116,23 @@ impl Grant {
             media_type: self.manifest.media_type().to_owned(),
             origin: self.origin.clone(),
             metadata: self.metadata.clone(),
+            index: self.index.as_ref().map(|index| index.manifest.media_type().to_owned()),
         };
         let rest = Zeroizing::new(serde_json::to_vec(&rest)?);
         let key = self.key.as_ref().map_or(&[][..], |key| key.expose());
         let released = self.released.as_ref().map_or(&[][..], SecretBytes::expose);
-        let parts = [key, released, self.manifest.bytes(), &rest];
+        let (mut index, mut config, mut layers) = (&[][..], &[][..], Zeroizing::new(Vec::new()));
+        if let Some(by) = &self.index {
+            (index, config) = (by.manifest.bytes(), &by.config);
+            layers.reserve_exact(LAYER * by.layer_keys.len());
+            for key in &by.layer_keys {
+                match key {
+                    Some(key) => layers.extend_from_slice(key.to_secret().expose()),
+                    None => layers.extend_from_slice(&[0; LAYER]),
+                }
+            }
+        }
+        let parts: [_; PARTS] = [key, released, self.manifest.bytes(), &rest, index, config, &layers];
         let mut header = Vec::with_capacity(HEADER);
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&VERSION.to_le_bytes());
@@ -149,6 +183,8 @@ impl Grant {
         };
         let (key, mut released) = (part(0, KEY)?, part(1, RELEASED_LIMIT)?);
         let (mut manifest, rest) = (part(2, MANIFEST_LIMIT)?, part(3, REST_LIMIT)?);
+        let (mut by, mut config) = (part(4, MANIFEST_LIMIT)?, part(5, MANIFEST_LIMIT)?);
+        let layers = part(6, MANIFEST_LIMIT)?;
         if at != metadata.len() {
             return Err(GrantError::Form("it goes on after its end"));
         }
@@ -157,11 +193,25 @@ impl Grant {
             KEY => Some(MetadataKey::new(SecretArray::fill(|slot| slot.copy_from_slice(&key)))),
             _ => return Err(GrantError::Form("its key is none")),
         };
-        let Rest { reference, media_type, origin, metadata } = serde_json::from_slice(&rest)?;
+        let Rest { reference, media_type, origin, metadata, index } = serde_json::from_slice(&rest)?;
+        let index = match index {
+            Some(media_type) if layers.len().is_multiple_of(LAYER) => Some(IndexGrant {
+                manifest: RawManifest::new(std::mem::take(&mut *by), Some(&media_type))?,
+                config: std::mem::take(&mut *config),
+                layer_keys: layers.chunks_exact(LAYER).map(layer_key).collect(),
+            }),
+            None if by.is_empty() && config.is_empty() && layers.is_empty() => None,
+            _ => return Err(GrantError::Form("its index is none")),
+        };
         let released = (!released.is_empty()).then(|| SecretBytes::new(std::mem::take(&mut *released)));
         let manifest = RawManifest::new(std::mem::take(&mut *manifest), Some(&media_type))?;
-        Ok(Self { reference, manifest, key, origin, released, metadata })
+        Ok(Self { reference, manifest, key, origin, released, metadata, index })
     }
+}
+
+fn layer_key(bytes: &[u8]) -> LayerKey {
+    let secret = SecretArray::fill(|slot: &mut [u8; LAYER]| slot.copy_from_slice(bytes));
+    (*secret.expose() != [0; LAYER]).then(|| LayerParts::from_secret(&secret))
 }
 
 /// Overwrites a grant that nobody needs any more: others may still hold its file.
@@ -194,7 +244,15 @@ mod tests {
             origin,
             released: Some(SecretBytes::new(b"{}".to_vec())),
             metadata: Some("/m".into()),
+            index: None,
         }
+    }
+
+    fn by_index() -> Grant {
+        let manifest = RawManifest::new(br#"{"schemaVersion":2,"layers":[],"x":1}"#.to_vec(), None).unwrap();
+        let key = LayerParts::from_secret(&SecretArray::fill(|slot| slot.fill(5)));
+        let index = IndexGrant { manifest, config: b"{}".to_vec(), layer_keys: vec![None, Some(key), None] };
+        Grant { index: Some(index), ..grant() }
     }
 
     #[test]
@@ -206,11 +264,23 @@ mod tests {
         let plain = Grant { key: None, released: None, ..grant() };
         let there = Grant::from_file(&plain.to_file().unwrap()).unwrap();
         assert!(there.key.is_none() && there.released.is_none() && there.metadata == plain.metadata);
+        assert!(there.index.is_none());
+        let there = Grant::from_file(&by_index().to_file().unwrap()).unwrap().index.unwrap();
+        assert_eq!(there.manifest.digest(), by_index().index.unwrap().manifest.digest());
+        assert_eq!(there.config, b"{}");
+        let keys: Vec<_> =
+            there.layer_keys.iter().map(|key| key.as_ref().map(|key| *key.to_secret().expose())).collect();
+        assert_eq!(keys, [None, Some([5; LAYER]), None]);
     }
 
     #[test]
     fn what_is_no_grant_is_refused_at_each_byte() {
-        let file = grant().to_file().unwrap();
+        refused_at_each_byte(&grant());
+        refused_at_each_byte(&by_index());
+    }
+
+    fn refused_at_each_byte(grant: &Grant) {
+        let file = grant.to_file().unwrap();
         let length = file.metadata().unwrap().len();
         let mut good = vec![0; usize::try_from(length).unwrap()];
         file.read_exact_at(&mut good, 0).unwrap();

@@ -22,6 +22,7 @@ mod indexed;
 mod mount;
 mod origin;
 mod place;
+mod plan;
 mod tree;
 
 use std::{
@@ -35,34 +36,36 @@ use std::{
 
 use nacre_core::{Digest, SecretBytes};
 use nacre_lazy::{
-    artifact::{Artifact, ArtifactError, Copying, ImageBlobs, is_lazy, read_metadata},
+    artifact::{Artifact, ArtifactError, Copying, ImageBlobs, is_lazy},
     cache::Cache,
     device::DeviceReader,
     erofs::{self, CheckError},
     fetch::Fetcher,
     files::Files,
     format::BLOCK,
-    image::{Metadata, OpenError, Table},
+    image::OpenError,
     index::IndexError,
     pace::Pace,
     reader::{Reader, Shared},
     source::Blobs,
 };
 use nacre_oci::{
-    manifest::{ImageConfig, Manifest, ManifestError},
+    manifest::{Descriptor, ImageConfig, Manifest, ManifestError},
     source::ImageSource,
     trust::Admission,
 };
 use nacre_sys::{erofs as mounts, fuse::FuseError};
 use serde::{Deserialize, Serialize};
 
-use crate::images::{Images, PullError};
+use crate::images::{AdmittedLazy, Images, PullError};
 pub use alone::{Mounter, OwnMounts};
-pub use grant::{Grant, GrantError, wipe};
+pub use grant::{Grant, GrantError, IndexGrant, wipe};
+use indexed::Indexed;
 pub use mount::{Kept, KeptRecord, LazyMount, SUBTYPE, Served};
 pub use origin::{Clients, Connection, Origin};
 pub use place::clean;
 use place::{MOUNTS, Place};
+use plan::{Opened, Parts, Plan};
 
 /// The default of [`LazyOptions::cache_limit`].
 pub const CACHE_LIMIT: u64 = 10 << 30;
@@ -191,6 +194,11 @@ pub struct LazyImage {
 }
 
 impl LazyImage {
+    fn new(parts: Parts, manifest: Digest, place: Place) -> Self {
+        let Parts { config, config_bytes, reader, chunks } = parts;
+        Self { manifest, admission: None, config, config_bytes, reader, chunks, place }
+    }
+
     /// Begins to fetch ahead what the image's trace says, where it has one.
     pub fn follow_trace(&self) {
         if let Some(chunks) = &self.chunks {
@@ -287,7 +295,7 @@ impl LazyStore {
         if is_lazy(&manifest) {
             self.admitted(images, source, &manifest, admission)
         } else {
-            self.indexed(images, &source, &manifest, admission)
+            Ok(self.indexed(images, &source, &manifest, admission)?.image)
         }
     }
 
@@ -309,14 +317,30 @@ impl LazyStore {
     ) -> Result<LazyImage, LazyError> {
         let artifact = Artifact::parse(manifest)?;
         let key = artifact.unwrap(images.keyring())?;
+        let plan = Plan::Lazy(Arc::new(artifact));
         let mut place = Place::new(&self.mounts())?;
-        let metadata = read_metadata(&*source, &artifact, key.as_ref(), &mut place.erofs, None)?;
-        let blobs = Arc::new(ImageBlobs::new(source, &artifact));
-        let (config, config_bytes, reader) = self.read(&artifact, metadata, blobs)?;
-        check(&place, reader.size())?;
-        let manifest = *admission.manifest();
-        let chunks = Some(Arc::clone(&reader));
-        Ok(LazyImage { manifest, admission: Some(admission), config, config_bytes, reader, chunks, place })
+        let opened = plan.fetch(&*source, key.as_ref(), &mut place.erofs, None)?;
+        opened.judge(&place)?;
+        let blobs = Arc::new(ImageBlobs::of(source, &plan.descriptors()));
+        let image = self.opened(opened, blobs, *admission.manifest(), place)?;
+        Ok(LazyImage { admission: Some(admission), ..image })
+    }
+
+    /// Opens an ordinary image that was admitted by its index, and gives what another process needs to do the same: the metadata of it are in the
+    /// image that is given, so that it is to be kept until then.
+    ///
+    /// # Errors
+    /// [`LazyError`]
+    pub fn grant_by_index(
+        &self,
+        images: &Images,
+        source: &Arc<dyn ImageSource>,
+        admitted: AdmittedLazy,
+        grant: Grant,
+    ) -> Result<(Grant, LazyImage), LazyError> {
+        let Indexed { image, grant: index, key } =
+            self.indexed(images, source, &admitted.manifest, admitted.admission)?;
+        Ok((Grant { key, index: Some(index), metadata: Some(image.metadata_blob()), ..grant }, image))
     }
 
     /// Opens the image of a grant. All that is needed to go on with it, in another process and without its source, stays in its place.
@@ -324,30 +348,26 @@ impl LazyStore {
     /// # Errors
     /// [`LazyError`]
     pub fn granted(&self, grant: &Grant, clients: &Arc<Clients>) -> Result<LazyImage, LazyError> {
-        let artifact = Artifact::parse(&Manifest::parse(&grant.manifest)?)?;
-        let blobs = late(grant, clients, &artifact);
+        let plan = Plan::of(grant)?;
+        let blobs = late(grant, clients, plan.descriptors());
         let mut place = Place::new(&self.mounts())?;
         let path = place.blob();
         let mut copy = File::create_new(&path).map_err(io_error("make the file", &path))?;
         let (key, erofs) = (grant.key.as_ref(), &mut place.erofs);
-        let metadata = match grant.metadata.as_ref().map(File::open) {
+        let opened = match grant.metadata.as_ref().map(File::open) {
             Some(Ok(mut stored)) => {
-                let mut stream = Copying { stream: &mut stored, copy: Some(&mut copy) };
-                Metadata::read(&mut stream, &artifact.metadata.digest, key, erofs)?
+                plan.read(&mut Copying { stream: &mut stored, copy: Some(&mut copy) }, key, erofs)?
             }
             other => {
                 if let Some(Err(error)) = other {
                     tracing::warn!("the metadata of {} is fetched again: {error}", grant.reference);
                 }
                 let source = blobs.source().map_err(PullError::Transport)?;
-                read_metadata(&*source, &artifact, key, erofs, Some(&mut copy))?
+                plan.fetch(&*source, key, erofs, Some(&mut copy))?
             }
         };
-        let (config, config_bytes, reader) = self.read(&artifact, metadata, Arc::new(blobs))?;
-        check(&place, reader.size())?;
-        let manifest = *grant.manifest.digest();
-        let chunks = Some(Arc::clone(&reader));
-        Ok(LazyImage { manifest, admission: None, config, config_bytes, reader, chunks, place })
+        opened.judge(&place)?;
+        self.opened(opened, Arc::new(blobs), *grant.manifest.digest(), place)
     }
 
     /// Goes on with a mount of another process that does not serve it any more. Neither the image's source nor a broker is asked.
@@ -355,7 +375,7 @@ impl LazyStore {
     /// # Errors
     /// [`LazyError`]; who reads from the mount waits on, for as long as somebody has its descriptors.
     pub fn resume(&self, grant: &Grant, clients: &Arc<Clients>, mut kept: Kept) -> Result<LazyMount, LazyError> {
-        let artifact = Artifact::parse(&Manifest::parse(&grant.manifest)?)?;
+        let plan = Plan::of(grant)?;
         let metadata = kept.metadata.try_clone().map_err(io_error("duplicate", &kept.record.target))?;
         let place = Place::adopt(&self.mounts(), &kept.record.place, File::from(metadata))?;
         let path = place.blob();
@@ -364,21 +384,18 @@ impl LazyStore {
             // The tree is there, and the kernel has it mounted.
             let null = Path::new("/dev/null");
             let mut nowhere = File::options().write(true).open(null).map_err(io_error("open", null))?;
-            let digest = &artifact.metadata.digest;
-            let metadata = Metadata::read(&mut blob, digest, grant.key.as_ref(), &mut nowhere)?;
-            self.read(&artifact, metadata, Arc::new(late(grant, clients, &artifact)))
+            let opened = plan.read(&mut blob, grant.key.as_ref(), &mut nowhere)?;
+            opened.parts(&self.shared, Arc::new(late(grant, clients, plan.descriptors())), &place)
         })();
-        let (config, config_bytes, reader) = match resumed {
-            Ok(resumed) => resumed,
+        let parts = match resumed {
+            Ok(parts) => parts,
             Err(error) => {
                 // It can be tried again.
                 place.leave();
                 return Err(error);
             }
         };
-        let manifest = *grant.manifest.digest();
-        let chunks = Some(Arc::clone(&reader));
-        let image = LazyImage { manifest, admission: None, config, config_bytes, reader, chunks, place };
+        let image = LazyImage::new(parts, *grant.manifest.digest(), place);
         kept.record.target = std::path::absolute(&kept.record.target).map_err(io_error("find", &path))?;
         LazyMount::resume(image, kept)
     }
@@ -409,25 +426,22 @@ impl LazyStore {
         self.options.directory.join(MOUNTS)
     }
 
-    /// What verified metadata say.
-    fn read(
+    /// An image whose metadata were verified.
+    fn opened(
         &self,
-        artifact: &Artifact,
-        mut metadata: Metadata,
+        opened: Opened,
         blobs: Arc<dyn Blobs>,
-    ) -> Result<(ImageConfig, Vec<u8>, Arc<Reader>), LazyError> {
-        metadata.check_blobs(&artifact.blobs())?;
-        let config = ImageConfig::of_verified(&metadata.config)?;
-        let config_bytes = std::mem::take(&mut metadata.config);
-        let (table, summary, data) = Table::new(metadata, artifact.table_blob());
-        let reader = Reader::new(Arc::clone(&self.shared), blobs, table, summary, data);
-        Ok((config, config_bytes, Arc::new(reader)))
+        manifest: Digest,
+        place: Place,
+    ) -> Result<LazyImage, LazyError> {
+        let parts = opened.parts(&self.shared, blobs, &place)?;
+        Ok(LazyImage::new(parts, manifest, place))
     }
 }
 
-fn late(grant: &Grant, clients: &Arc<Clients>, artifact: &Artifact) -> origin::LateBlobs {
+fn late(grant: &Grant, clients: &Arc<Clients>, descriptors: Vec<Descriptor>) -> origin::LateBlobs {
     let released = grant.released.as_ref().map(|released| SecretBytes::new(released.expose().to_vec()));
-    origin::LateBlobs::new(grant.origin.clone(), released, Arc::clone(clients), artifact.clone())
+    origin::LateBlobs::new(grant.origin.clone(), released, Arc::clone(clients), descriptors)
 }
 
 /// Has the tree judged before the kernel sees it.

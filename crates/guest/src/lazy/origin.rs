@@ -9,10 +9,11 @@ use std::{
 
 use nacre_core::{Digest, NoProgress, SecretBytes};
 use nacre_lazy::{
-    artifact::{Artifact, ImageBlobs},
+    artifact::ImageBlobs,
     source::{BlobId, Blobs, SourceError},
 };
 use nacre_oci::{
+    manifest::Descriptor,
     reference::Location,
     registry::{Client, ClientConfig, CredentialStore, DockerSource, RegistriesConf},
     source::{ImageSource, TransportError},
@@ -112,7 +113,7 @@ pub(super) struct LateBlobs {
     pub(super) origin: Origin,
     pub(super) released: Option<SecretBytes>,
     pub(super) clients: Arc<Clients>,
-    pub(super) artifact: Artifact,
+    pub(super) descriptors: Vec<Descriptor>,
     opened: Mutex<Option<Opened>>,
 }
 
@@ -129,9 +130,9 @@ impl LateBlobs {
         origin: Origin,
         released: Option<SecretBytes>,
         clients: Arc<Clients>,
-        artifact: Artifact,
+        descriptors: Vec<Descriptor>,
     ) -> Self {
-        Self { origin, released, clients, artifact, opened: Mutex::default() }
+        Self { origin, released, clients, descriptors, opened: Mutex::default() }
     }
 
     fn opened(&self) -> Result<Opened, TransportError> {
@@ -148,7 +149,7 @@ impl LateBlobs {
             }
             local => (Arc::from(open_local_source(local)?), None),
         };
-        let blobs = Arc::new(ImageBlobs::new(Arc::clone(&source), &self.artifact));
+        let blobs = Arc::new(ImageBlobs::of(Arc::clone(&source), &self.descriptors));
         Ok(opened.insert(Opened { source, blobs, _client: client }).clone())
     }
 

@@ -3,8 +3,8 @@
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 
 use nacre_core::{Digest, SecretArray, SecretBytes};
-use nacre_lazy::{keys::MetadataKey, pace::LEAST_RATE};
-use nacre_oci::{manifest::ImageConfig, reference::Location};
+use nacre_lazy::{artifact::is_lazy, keys::MetadataKey, pace::LEAST_RATE};
+use nacre_oci::{manifest::ImageConfig, reference::Location, source::ImageSource};
 
 use super::{ImageService, ServiceError, absolute};
 use crate::{
@@ -74,6 +74,7 @@ impl ImageService {
             released: self.released.as_ref().map(|released| SecretBytes::new(released.expose().to_vec())),
             metadata: self.images.store().image_metadata(access.manifest.digest()),
             manifest: access.manifest.clone(),
+            index: None,
         })
     }
 
@@ -95,16 +96,24 @@ impl ImageService {
         self.at_first(text, |location| Ok(store.image(&self.images, Arc::from(self.source(location)?))?))
     }
 
-    /// Admits a lazy image and unwraps its key, for a process that mounts it without asking for either: the first of a name's locations that has
-    /// one. For a process of another environment, the grant is to be [settled](Grant::settle).
+    /// Admits a lazy image, or an ordinary one and its index, and unwraps its key, for a process that mounts it without asking for either: the
+    /// first of a name's locations that has one. For a process of another environment, the grant is to be [settled](Grant::settle). An ordinary
+    /// image is opened for it, and to be kept until it is mounted.
     ///
     /// # Errors
     /// [`ServiceError`]
-    pub fn grant_lazy(&self, text: &str) -> Result<Grant, ServiceError> {
+    pub fn grant_lazy(&self, text: &str) -> Result<(Grant, Option<LazyImage>), ServiceError> {
         self.at_first(text, |location| {
-            let admitted = self.images.admit_lazy_named(&*self.source(location)?).map_err(LazyError::Pull)?;
-            let access = self.images.lazy_access(location.clone(), admitted.raw, &admitted.manifest)?;
-            self.grant(text, &access)
+            let source: Arc<dyn ImageSource> = Arc::from(self.source(location)?);
+            let admitted = self.images.admit_lazy_named(&*source).map_err(LazyError::Pull)?;
+            if is_lazy(&admitted.manifest) {
+                let access = self.images.lazy_access(location.clone(), admitted.raw, &admitted.manifest)?;
+                return Ok((self.grant(text, &access)?, None));
+            }
+            let access = LazyAccess { location: location.clone(), manifest: admitted.raw.clone(), key: None };
+            let (store, grant) = (self.own.store()?, self.grant(text, &access)?);
+            let (grant, image) = store.grant_by_index(&self.images, &source, admitted, grant)?;
+            Ok((grant, Some(image)))
         })
     }
 

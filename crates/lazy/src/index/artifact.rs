@@ -1,24 +1,16 @@
 //! The manifest of an index, and what it has to do with its image.
 
-use std::sync::Arc;
-
 use nacre_core::{Algorithm, Digest};
 use nacre_oci::{
     crypt::{self, CryptError, Keyring, LayerParts, PublicOptions},
     manifest::{Descriptor, Manifest},
-    source::ImageSource,
 };
 
 use super::{
     format::{ARTIFACT_TYPE, LayerEntry, METADATA_TYPE, PAGES_TYPE},
     metadata::IndexMetadata,
 };
-use crate::{
-    artifact::{ImageBlobs, blob_id},
-    format::SEALED,
-    keys::MetadataKey,
-    source::BlobId,
-};
+use crate::{artifact::blob_id, format::SEALED, keys::MetadataKey, source::BlobId};
 
 /// Why a manifest is no index of an image.
 #[derive(Debug, thiserror::Error)]
@@ -131,21 +123,33 @@ impl IndexArtifact {
     }
 
     /// The blobs of the index and of its image, which are at one place.
-    pub fn blobs(&self, source: Arc<dyn ImageSource>, image: &Manifest) -> ImageBlobs {
-        ImageBlobs::of(source, self.pages.iter().chain(&image.layers))
+    pub fn descriptors<'a>(&'a self, image: &'a Manifest) -> impl Iterator<Item = &'a Descriptor> {
+        std::iter::once(&self.metadata).chain(&self.pages).chain(&image.layers)
     }
 }
 
+/// Unwraps the keys of an image's encrypted layers.
+///
+/// # Errors
+/// [`IndexError::LayerKey`]
+pub fn unwrap_layers(image: &Manifest, keyring: &Keyring) -> Result<Vec<LayerKey>, IndexError> {
+    let key = |layer: &Descriptor| {
+        let wrong = |source| IndexError::LayerKey { digest: layer.digest, source };
+        let public = PublicOptions::of(layer).map_err(wrong)?;
+        keyring.unwrap(layer).and_then(|secret| secret.parts(&public)).map_err(wrong)
+    };
+    image.layers.iter().map(|layer| crypt::is_encrypted(layer).then(|| key(layer)).transpose()).collect()
+}
+
 impl IndexMetadata {
-    /// Checks that the index has the layers of the image, all of them, in their order, and unwraps the keys of encrypted ones.
+    /// Checks that the index has the layers of the image, all of them, in their order, and was made with these keys of encrypted ones.
     ///
     /// # Errors
     /// [`IndexError`]
-    pub fn layer_keys(&self, image: &Manifest, keyring: &Keyring) -> Result<Vec<LayerKey>, IndexError> {
-        let mut keys = Vec::new();
+    pub fn check_layers(&self, image: &Manifest, keys: &[LayerKey]) -> Result<(), IndexError> {
+        let id = |entry: &LayerEntry| BlobId { digest: entry.digest, size: entry.size.get() };
         for index in 0..self.layers.len().max(image.layers.len()) {
             let (inside, outside) = (self.layers.get(index), image.layers.get(index));
-            let id = |entry: &LayerEntry| BlobId { digest: entry.digest, size: entry.size.get() };
             let (Some(entry), Some(layer), true) =
                 (inside, outside, inside.map(id) == outside.and_then(blob_id) && inside.is_some())
             else {
@@ -155,20 +159,12 @@ impl IndexMetadata {
                     outside: outside.map_or("missing".to_owned(), |layer| layer.digest.to_string()),
                 });
             };
-            let sealed = entry.key != [0; 32];
-            if sealed != crypt::is_encrypted(layer) {
+            let key = keys.get(index).and_then(Option::as_ref);
+            let name = key.map_or([0; 32], LayerParts::name);
+            if name != entry.key || key.is_some() != crypt::is_encrypted(layer) {
                 return Err(IndexError::OtherKey(layer.digest));
             }
-            let key = sealed.then(|| layer_key(layer, keyring, &entry.key)).transpose()?;
-            keys.push(key);
         }
-        Ok(keys)
+        Ok(())
     }
-}
-
-fn layer_key(layer: &Descriptor, keyring: &Keyring, name: &[u8; 32]) -> Result<LayerParts, IndexError> {
-    let wrong = |source| IndexError::LayerKey { digest: layer.digest, source };
-    let public = PublicOptions::of(layer).map_err(wrong)?;
-    let parts = keyring.unwrap(layer).map_err(wrong)?.parts(&public).map_err(wrong)?;
-    if parts.name() == *name { Ok(parts) } else { Err(IndexError::OtherKey(layer.digest)) }
 }

@@ -25,6 +25,6 @@ pub mod pages;
 pub mod reader;
 mod spool;
 
-pub use artifact::{IndexArtifact, IndexError, LayerKey};
+pub use artifact::{IndexArtifact, IndexError, LayerKey, unwrap_layers};
 pub use metadata::IndexMetadata;
 pub use reader::IndexReader;

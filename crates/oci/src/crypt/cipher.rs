@@ -263,6 +263,26 @@ pub struct LayerParts {
 }
 
 impl LayerParts {
+    /// Bytes of [`to_secret`](Self::to_secret).
+    pub const SECRET_LEN: usize = KEY_LEN + NONCE_LEN;
+
+    /// Key and nonce, for a process that is to decrypt in the place of this one.
+    pub fn to_secret(&self) -> SecretArray<{ Self::SECRET_LEN }> {
+        SecretArray::fill(|slot| {
+            let (key, nonce) = slot.split_at_mut(KEY_LEN);
+            key.copy_from_slice(self.key.expose());
+            nonce.copy_from_slice(&self.nonce);
+        })
+    }
+
+    /// From the same.
+    pub fn from_secret(secret: &SecretArray<{ Self::SECRET_LEN }>) -> Self {
+        let (key, rest) = secret.expose().split_at(KEY_LEN);
+        let mut nonce = [0; NONCE_LEN];
+        nonce.copy_from_slice(rest);
+        Self { key: SecretArray::fill(|slot| slot.copy_from_slice(key)), nonce }
+    }
+
     /// Decrypts, in place, the bytes of the layer that begin at `offset`.
     ///
     /// # Errors
