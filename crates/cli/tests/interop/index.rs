@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     lazy::{Scene, listing, noise, rich, rich_layers},
+    mounts::signal,
     support::{Place, assert_refused, said},
 };
 
@@ -183,6 +184,33 @@ fn an_encrypted_image_has_an_encrypted_index() {
     let other = scene.place.text("other.pem");
     let mut nacre = scene.place.nacre("store", &["run", "--lazy", "--insecure-policy", "--decryption-key", &other]);
     assert_refused(&nacre.arg(&target).output().unwrap(), &["the index's key"]);
+}
+
+#[test]
+fn a_mount_by_an_index_outlives_the_daemon() {
+    let Some(scene) = Scene::new(&rich()) else { return };
+    let Some(expected) = scene.unpacked() else { return };
+    let (encrypt, key) = (format!("jwe:{}", scene.place.text("key.pub")), scene.place.text("key.pem"));
+    let image = scene.name("sealed");
+    scene.push(&image, &["--encrypt", &encrypt]);
+    let made = scene.indexed(&image, &["--encrypt", &encrypt, "--decryption-key", &key]);
+    for front in ["erofs", "fuse"] {
+        let options = ["--allow-unsigned", "--front", front];
+        let mounted = scene.mount_at(front, &image, &options).map_err(|output| said(&output)).unwrap();
+        let shown = scene.shown();
+        assert_eq!(shown.len(), 1, "{shown:?}");
+        assert_eq!(shown[0]["target"], mounted.target.to_str().unwrap());
+        assert_eq!(shown[0]["manifest"], made["subject"]);
+        let daemon = scene.daemon_but(0);
+        signal("-9", daemon);
+        assert_eq!(listing(&mounted.target), expected, "{front}");
+        scene.daemon_but(daemon);
+        let mut complete = scene.place.nacre("store", &["image", "complete"]);
+        run(complete.arg(&mounted.target));
+        let shown = scene.shown();
+        assert!(shown[0]["complete"] == true && shown[0]["local_bytes"] == shown[0]["total_bytes"], "{shown:?}");
+    }
+    assert!(scene.shown().is_empty());
 }
 
 /// The blobs of a layout.

@@ -42,7 +42,7 @@ impl Scene {
 
     /// The daemon, when it is another one than that.
     #[track_caller]
-    fn daemon_but(&self, other: i32) -> i32 {
+    pub(crate) fn daemon_but(&self, other: i32) -> i32 {
         within("another daemon", || self.processes("serve").into_iter().find(|process| *process != other))
     }
 
@@ -54,7 +54,7 @@ impl Scene {
     }
 
     /// What `ls` shows of the mounts.
-    fn shown(&self) -> Vec<Value> {
+    pub(crate) fn shown(&self) -> Vec<Value> {
         let listed: Value = serde_json::from_slice(&self.nacre(&["image", "ls", "--json"]).stdout).unwrap();
         let images = listed.as_array().unwrap().iter();
         images.flat_map(|image| image["mounts"].as_array().unwrap().clone()).collect()
