@@ -20,6 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-lazy", &["nacre-core", "nacre-oci"]),
     ("nacre-export", &["nacre-core", "nacre-sys"]),
     ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-lazy", "nacre-oci", "nacre-sys"]),
+    ("nacre-lazyd", &["nacre-guest", "nacre-lazy", "nacre-sys"]),
     ("nacre-capi", &["nacre-core", "nacre-guest", "nacre-lazy", "nacre-oci"]),
     ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys"]),
     (
@@ -33,13 +34,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-export",
             "nacre-guest",
             "nacre-lazy",
+            "nacre-lazyd",
             "nacre-objectstore",
             "nacre-oci",
             "nacre-registry",
             "nacre-sys",
         ],
     ),
-    ("nacre-guestd", &["nacre-attest", "nacre-core", "nacre-guest", "nacre-oci", "nacre-sys"]),
+    ("nacre-guestd", &["nacre-attest", "nacre-core", "nacre-guest", "nacre-lazyd", "nacre-oci", "nacre-sys"]),
     ("nacre-testkit", &["nacre-core", "nacre-registry"]),
     (
         "nacre-fuzz",

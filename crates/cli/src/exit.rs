@@ -14,6 +14,7 @@ use nacre_guest::{
     services::CallError, store::StoreError,
 };
 use nacre_lazy::{artifact::ArtifactError, frames::FrameError, image::OpenError};
+use nacre_lazyd::Problem;
 use nacre_objectstore::ObjectStoreError;
 use nacre_oci::{
     copy::CopyError,
@@ -170,6 +171,14 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = error.downcast_ref::<Refused>() {
         return Some(error.exit());
+    }
+    if let Some(error) = error.downcast_ref::<Problem>() {
+        return Some(match error {
+            Problem::InUse(_) => Exit::Conflict,
+            Problem::Missing(_) => Exit::NotFound,
+            Problem::Usage(_) => Exit::Usage,
+            Problem::Refused { exit, .. } => Exit::of_code(*exit),
+        });
     }
     if error.is::<Damaged>() {
         return Some(Exit::NotTrusted);

@@ -5,7 +5,6 @@ mod background;
 mod commands;
 mod demo;
 mod exit;
-mod lazyd;
 mod output;
 mod progress;
 mod setup;

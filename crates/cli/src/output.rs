@@ -22,6 +22,14 @@ pub(crate) enum Exit {
     Conflict = 6,
 }
 
+impl Exit {
+    /// As another process said it.
+    pub(crate) fn of_code(code: u8) -> Self {
+        let all = [Self::Usage, Self::NotTrusted, Self::NotFound, Self::Io, Self::Conflict];
+        all.into_iter().find(|exit| *exit as u8 == code).unwrap_or(Self::Other)
+    }
+}
+
 /// Writes a line of data. A closed pipe ends the program quietly, as for any filter.
 pub(crate) fn line(text: impl std::fmt::Display) -> io::Result<()> {
     match writeln!(io::stdout().lock(), "{text}") {

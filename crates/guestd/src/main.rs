@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
-use clap::{CommandFactory as _, Parser, error::ErrorKind};
+use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind};
 use nacre_core::NoProgress;
 use nacre_guest::{
     config::Config,
@@ -11,11 +11,12 @@ use nacre_guest::{
     services::Services,
     store::{Marks, Store},
 };
+use nacre_lazyd::{ByDaemon, KeepArgs, Problem, Program, ServeArgs};
 use nacre_sys::end::EndSignals;
 
 /// Serve image pull, resources and key unwrapping to the guest's programs, over ttrpc.
 #[derive(Debug, Parser)]
-#[command(name = "nacre-guestd", version)]
+#[command(name = "nacre-guestd", version, subcommand_negates_reqs = true)]
 struct Args {
     /// The configuration file
     #[arg(
@@ -41,6 +42,24 @@ struct Args {
     /// What to log to standard error
     #[arg(long, env = "NACRE_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// Processes that this program starts of itself, so that the images of bundles outlive it.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Serve lazy images
+    #[command(hide = true, subcommand)]
+    LazyDaemon(LazyDaemon),
+}
+
+#[derive(Debug, Subcommand)]
+enum LazyDaemon {
+    /// Hold what keeps mounts alive, and start the daemon
+    Keep(KeepArgs),
+    /// Be the daemon
+    Serve(ServeArgs),
 }
 
 fn main() -> ExitCode {
@@ -49,13 +68,27 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)
         .unwrap_or_else(|error| Args::command().error(ErrorKind::ValueValidation, format!("--log: {error}")).exit());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    match serve(&args) {
-        Ok(()) => ExitCode::SUCCESS,
+    let ended = match &args.part {
+        None => serve(&args).map(|()| 0),
+        Some(Part::LazyDaemon(LazyDaemon::Keep(keep))) => nacre_lazyd::keep(&program(&args), keep),
+        Some(Part::LazyDaemon(LazyDaemon::Serve(serve))) => nacre_lazyd::serve(&program(&args), serve),
+    };
+    match ended {
+        Ok(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// How this program is called to serve lazy images.
+fn program(args: &Args) -> Program {
+    let exit = |error: &anyhow::Error| match error.downcast_ref() {
+        Some(Problem::Refused { exit, .. }) => *exit,
+        _ => 1,
+    };
+    Program { name: "nacre-guestd", command: &["lazy-daemon"], log: Some(args.log.clone()), exit }
 }
 
 fn serve(args: &Args) -> anyhow::Result<()> {
@@ -72,7 +105,13 @@ fn serve(args: &Args) -> anyhow::Result<()> {
     let store = Store::open(&root, Marks::Trusted, config.allow_tmpfs)?;
     let collected = store.collect()?;
     tracing::info!(layers = collected.layers.len(), staging = collected.staging, "the store is clean");
-    let service = Arc::new(ImageService::new(&config, store, Arc::new(NoProgress))?);
+    let mut service = ImageService::new(&config, store, Arc::new(NoProgress))?;
+    if !nacre_sys::userns::is_inside() {
+        // Another process serves what bundles read, so that it outlives this one.
+        let (options, front) = (service.lazy_options().clone(), service.lazy_front());
+        service = service.with_mounter(Arc::new(ByDaemon { program: program(args), options, front, bound: false }));
+    }
+    let service = Arc::new(service);
     if service.broker().is_some_and(|broker| broker.simulated()) {
         tracing::warn!("the TEE is simulated: it measures and signs, but protects nothing");
     }

@@ -189,6 +189,8 @@ impl Scene {
 
     fn start(&self) -> Daemon {
         let socket = self.at("run/cdh.sock");
+        // One that was killed left it.
+        let _ = fs::remove_file(&socket);
         let mut child = Command::new(env!("CARGO_BIN_EXE_nacre-guestd"))
             .env_remove("NACRE_CONFIG")
             .arg("--init-data")
@@ -209,6 +211,14 @@ impl Scene {
             thread::sleep(Duration::from_millis(5));
         }
         Daemon { child, socket }
+    }
+
+    /// Processes of this store's lazy daemon, `keep` or `serve`.
+    fn lazy_daemons(&self, part: &str) -> Vec<u32> {
+        let wanted = format!("lazy-daemon\0{part}\0--directory\0{}\0", self.at("store/lazy").display());
+        let said = |process: &u32| fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        let all = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        all.filter(|process| String::from_utf8_lossy(&said(process)).contains(&wanted)).collect()
     }
 }
 
@@ -248,7 +258,7 @@ mod toml {
 }
 
 #[test]
-fn lazy_images_are_mounted_by_the_daemon_itself() {
+fn lazy_images_of_bundles_outlive_the_daemon() {
     if !root() {
         return;
     }
@@ -272,12 +282,33 @@ fn lazy_images_are_mounted_by_the_daemon_itself() {
         let store = Store::open(&scene.at("store"), Marks::Trusted, true).unwrap();
         nacre_guest::service::ImageService::unmount_bundle(&store, &bundle).unwrap();
     };
+    // The bundle outlives the daemon, and what serves its image; the broker is not asked again.
+    let asked = scene.broker.audit(0, 1000).unwrap().len();
+    drop(daemon);
+    let [server] = scene.lazy_daemons("serve")[..] else { panic!("one process serves the image") };
+    run(Command::new("kill").args(["-9", &server.to_string()]));
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    assert_eq!(fs::read_to_string(bundle.join("rootfs/message")).unwrap(), MESSAGE);
+    assert_ne!(scene.lazy_daemons("serve"), [server]);
+    assert_eq!(scene.broker.audit(0, 1000).unwrap().len(), asked);
+    let daemon = scene.start();
     unmount();
     pull(&daemon).unwrap();
     unmount();
     daemon.end();
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(!mounts.contains(scene.dir.path().to_str().unwrap()), "{mounts}");
+    // Whoever serves sees it soon.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while fs::read_to_string("/proc/self/mounts").unwrap().contains(scene.dir.path().to_str().unwrap()) {
+        assert!(Instant::now() < deadline, "something stays mounted");
+        thread::sleep(Duration::from_millis(5));
+    }
+    // It would end by itself, a while after the last mount.
+    let [keeper] = scene.lazy_daemons("keep")[..] else { panic!("one process keeps the mounts") };
+    run(Command::new("kill").arg(keeper.to_string()));
+    while !scene.lazy_daemons("keep").is_empty() {
+        assert!(Instant::now() < deadline, "the keeper does not end");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use nacre_lazyd::{KeepArgs, ServeArgs};
+
 use super::{KeyArgs, ProcessArgs, RegistryArgs, SignArgs, TrustArgs};
 use crate::size::Size;
 
@@ -74,26 +76,6 @@ pub(crate) enum DaemonCommand {
     /// Be the daemon
     #[command(hide = true)]
     Serve(ServeArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct KeepArgs {
-    /// The store's directory of lazy images
-    #[arg(long)]
-    pub(crate) directory: PathBuf,
-    /// Take over from a keeper that died
-    #[arg(long)]
-    pub(crate) adopt: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ServeArgs {
-    /// The store's directory of lazy images
-    #[arg(long)]
-    pub(crate) directory: PathBuf,
-    /// End when nothing was mounted for so many seconds
-    #[arg(long, default_value_t = 30)]
-    pub(crate) idle: u64,
 }
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ use nacre_guest::{
     service::ImageService,
     store::{ImageRecord, RefRecord, Store, StoreError},
 };
+use nacre_lazyd::Shown;
 use nacre_oci::{
     reference::{ImageRef, Location},
     trust::{Admission, Signer},
@@ -16,7 +17,6 @@ use serde_json::{Value, json};
 
 use crate::{
     args::{Global, ImageCommand, LookArgs, PullArgs, VerifyArgs},
-    lazyd::Shown,
     output,
     progress::size,
     setup::{self, Setup},

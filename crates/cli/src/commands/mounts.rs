@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -16,22 +16,20 @@ use anyhow::Context as _;
 use nacre_core::Digest;
 use nacre_guest::{
     bundle::{Overrides, Runtime},
-    lazy::{self, Front, Grant, LazyMount, LazyOptions, LazyStore, Mounter},
+    lazy::{self, Front, LazyMount, LazyOptions, LazyStore},
     service::ImageService,
     store::Store,
 };
+use nacre_lazyd::{self as lazyd, ByDaemon, MountRequest, Program, Request, Shown, Station};
 use nacre_oci::manifest::ImageConfig;
 use nacre_sys::end::EndSignals;
-use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use crate::{
     args::{
         Global, RunArgs,
         lazy::{DaemonCommand, MountArgs},
     },
-    commands::disk::Refused,
     exit::{self, Missing, Usage},
-    lazyd::{self, MountRequest, Mounted, Request, Shown, Station},
     output::{self, Exit},
     setup::{self, Setup},
 };
@@ -66,7 +64,7 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
     };
     // The second one is where the daemon finds what it needs first.
     let (grant, _opened) = service.grant_lazy(&args.image)?;
-    let mounted = ask_to_mount(global, grant, request, false)?;
+    let mounted = lazyd::ask_to_mount(&program(global), grant, request, false)?;
     output::line(format_args!("{} {} {}", mounted.target.display(), mounted.front, mounted.manifest))?;
     Ok(0)
 }
@@ -76,41 +74,10 @@ fn service(global: &Global, args: &MountArgs) -> anyhow::Result<ImageService> {
     setup.with(&args.trust, &args.keys.broker, &args.registry)?.service()
 }
 
-/// Has the daemon mount an image that this process admitted. A mount that is `bound` ends with this process.
-fn ask_to_mount(global: &Global, mut grant: Grant, request: MountRequest, bound: bool) -> anyhow::Result<Mounted> {
-    grant.settle(|name| std::env::var(name).ok()).context("how the registry is spoken to")?;
-    let grant = grant.to_file()?;
-    let own = bound.then(|| pidfd_open(getpid(), PidfdFlags::empty())).transpose().context("this process")?;
-    let files: Vec<_> = std::iter::once(grant.as_fd()).chain(own.iter().map(|own| own.as_fd())).collect();
-    let daemon = Station::here(&request.options.directory)?.started(global)?;
-    Ok(serde_json::from_value(daemon.ask(&Request::Mount(request), &files)?)?)
-}
-
-/// Has the daemon mount the lazy images of bundles.
-struct ByDaemon {
-    global: Global,
-    options: LazyOptions,
-    front: Front,
-    /// Whether they end with this process.
-    bound: bool,
-}
-
-impl Mounter for ByDaemon {
-    fn mount(&self, grant: Grant, target: &Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let mounting = || {
-            let seen = fs::metadata(target)?;
-            let request = MountRequest {
-                target: Some(target.to_owned()),
-                seen: Some((seen.dev(), seen.ino())),
-                front: self.front,
-                options: self.options.clone(),
-                complete: false,
-            };
-            ask_to_mount(&self.global, grant, request, self.bound)
-        };
-        // With its exit code, which the error itself would lose here.
-        mounting().map(drop).map_err(|error| Refused::of(&error).into())
-    }
+/// How this program is called to be the daemon that serves lazy images.
+fn program(global: &Global) -> Program {
+    let exit = |error: &anyhow::Error| exit::of(error) as u8;
+    Program { name: "nacre", command: &["image", "daemon"], log: global.log.clone(), exit }
 }
 
 /// A service whose bundles have their lazy images mounted by the daemon, where its mounts are to be seen here.
@@ -119,7 +86,7 @@ pub(crate) fn by_daemon(global: &Global, service: ImageService, bound: bool) -> 
         return service;
     }
     let (options, front) = (service.lazy_options().clone(), service.lazy_front());
-    service.with_mounter(Arc::new(ByDaemon { global: global.clone(), options, front, bound }))
+    service.with_mounter(Arc::new(ByDaemon { program: program(global), options, front, bound }))
 }
 
 /// Serves one image in this process.
@@ -214,8 +181,8 @@ pub(crate) fn complete(global: &Global, what: &str) -> anyhow::Result<()> {
 /// The exit code.
 pub(crate) fn daemon(global: &Global, command: &DaemonCommand) -> anyhow::Result<i32> {
     match command {
-        DaemonCommand::Keep(args) => lazyd::keeper::keep(global, args),
-        DaemonCommand::Serve(args) => lazyd::serve::serve(args),
+        DaemonCommand::Keep(args) => lazyd::keep(&program(global), args),
+        DaemonCommand::Serve(args) => lazyd::serve(&program(global), args),
         DaemonCommand::Restart => {
             setup::privileged()?;
             Station::here(&directory(&Setup::new(global, false)?.store()?))?.restart().map(|()| 0)
@@ -225,7 +192,7 @@ pub(crate) fn daemon(global: &Global, command: &DaemonCommand) -> anyhow::Result
 
 /// The mounts of a store.
 pub(crate) fn shown(store: &Store) -> anyhow::Result<Vec<Shown>> {
-    lazyd::client::all(&directory(store))
+    lazyd::all(&directory(store))
 }
 
 /// Runs a lazy image; gives the exit code of its process.
@@ -244,7 +211,7 @@ pub(crate) fn run(
     let request = MountRequest { target: None, seen: None, front, options, complete: false };
     let mounted = {
         let (grant, _opened) = service.grant_lazy(&args.image)?;
-        ask_to_mount(global, grant, request, true)?
+        lazyd::ask_to_mount(&program(global), grant, request, true)?
     };
     let (manifest, config) = (mounted.manifest.parse()?, serde_json::from_value(mounted.config)?);
     let ran = run_mounted(service, &manifest, &mounted.target, &config, overrides, runtime);

@@ -75,20 +75,9 @@ impl Refused {
         Self { message: format!("{error:#}"), exit: exit::of(error) as u8 }
     }
 
-    /// As another process said it.
-    pub(crate) fn new(message: String, exit: u8) -> Self {
-        Self { message, exit }
-    }
-
-    /// For another process: the message and the exit code.
-    pub(crate) fn into_parts(self) -> (String, u8) {
-        (self.message, self.exit)
-    }
-
     /// The code that it would have ended with.
     pub(crate) fn exit(&self) -> Exit {
-        let all = [Exit::Usage, Exit::NotTrusted, Exit::NotFound, Exit::Io, Exit::Conflict];
-        all.into_iter().find(|exit| *exit as u8 == self.exit).unwrap_or(Exit::Other)
+        Exit::of_code(self.exit)
     }
 }
 

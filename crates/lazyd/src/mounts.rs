@@ -20,12 +20,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{
+use crate::{
+    Problem,
     completion::Completion,
     link::{Held, Link},
     protocol::{MountRequest, Mounted, Shown, ShownFailure},
 };
-use crate::exit::{InUse, Missing, Usage};
 
 /// How long the kernel may take to let go of what is unmounted and not in use.
 const LET_GO: Duration = Duration::from_secs(2);
@@ -56,7 +56,7 @@ struct Entry {
 }
 
 /// All of them.
-pub(super) struct Mounts {
+pub(crate) struct Mounts {
     directory: PathBuf,
     clients: Arc<Clients>,
     link: Arc<Link>,
@@ -73,7 +73,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Mounts {
-    pub(super) fn new(directory: &Path, link: Arc<Link>) -> Self {
+    pub(crate) fn new(directory: &Path, link: Arc<Link>) -> Self {
         Self {
             directory: directory.to_owned(),
             clients: Arc::default(),
@@ -85,12 +85,12 @@ impl Mounts {
         }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         lock(&self.entries).is_empty()
     }
 
     /// Mounts the image of a grant. Gives its number, and a [`Mounted`].
-    pub(super) fn mount(&self, request: MountRequest, files: Vec<OwnedFd>) -> anyhow::Result<(u64, Value)> {
+    pub(crate) fn mount(&self, request: MountRequest, files: Vec<OwnedFd>) -> anyhow::Result<(u64, Value)> {
         let mut files = files.into_iter();
         let grant = files.next().context("no grant came along")?;
         let owner = files.next();
@@ -154,7 +154,7 @@ impl Mounts {
         let mut reserved = lock(&self.reserved);
         let here = lock(&self.entries).values().any(|entry| !entry.leaving && entry.mount.target() == target);
         if here || reserved.iter().any(|other| other == target) {
-            return Err(InUse(format!("{}: a lazy image is mounted there already", target.display())).into());
+            return Err(Problem::InUse(format!("{}: a lazy image is mounted there already", target.display())).into());
         }
         reserved.push(target.to_owned());
         Ok(Reserved { mounts: self, target: target.to_owned() })
@@ -173,7 +173,7 @@ impl Mounts {
     }
 
     /// Goes on with what a predecessor left.
-    pub(super) fn resume(&self, held: BTreeMap<u64, Held>) {
+    pub(crate) fn resume(&self, held: BTreeMap<u64, Held>) {
         self.next.store(held.keys().next_back().map_or(1, |last| last + 1), Ordering::Relaxed);
         for (id, held) in held {
             let name = held.record.pointer("/kept/target").and_then(Value::as_str).unwrap_or("?").to_owned();
@@ -207,17 +207,17 @@ impl Mounts {
     }
 
     /// Takes what is mounted there out of the tree.
-    pub(super) fn unmount(&self, target: &Path) -> anyhow::Result<()> {
+    pub(crate) fn unmount(&self, target: &Path) -> anyhow::Result<()> {
         let found = {
             let entries = lock(&self.entries);
             let mut here = entries.iter().filter(|(_, entry)| !entry.leaving && entry.mount.target() == target);
             here.next().map(|(id, _)| *id)
         };
-        let missing = || Missing(format!("{}: no lazy image is mounted there", target.display()));
+        let missing = || Problem::Missing(format!("{}: no lazy image is mounted there", target.display()));
         self.take_away(found.ok_or_else(missing)?)
     }
 
-    pub(super) fn unmount_one(&self, id: u64) {
+    pub(crate) fn unmount_one(&self, id: u64) {
         if let Err(error) = self.take_away(id) {
             tracing::error!("{error:#}; it stays mounted");
         }
@@ -251,7 +251,7 @@ impl Mounts {
     }
 
     /// Sees what others took away, and what nobody uses any more.
-    pub(super) fn look(&self) {
+    pub(crate) fn look(&self) {
         let mut ended = Vec::new();
         {
             let mut entries = lock(&self.entries);
@@ -275,7 +275,7 @@ impl Mounts {
     }
 
     /// At the end of the process: who still has files open gets errors.
-    pub(super) fn unmount_all(&self) {
+    pub(crate) fn unmount_all(&self) {
         let all: Vec<u64> = lock(&self.entries).keys().copied().collect();
         for id in &all {
             if let Some(entry) = lock(&self.entries).get_mut(id)
@@ -295,7 +295,7 @@ impl Mounts {
     }
 
     /// Fetches all of an image.
-    pub(super) fn complete(&self, what: &str) -> anyhow::Result<()> {
+    pub(crate) fn complete(&self, what: &str) -> anyhow::Result<()> {
         let found: Vec<_> = {
             let entries = lock(&self.entries);
             let is = |entry: &&Entry| {
@@ -305,13 +305,13 @@ impl Mounts {
             entries.values().filter(is).map(parts).collect()
         };
         if found.is_empty() {
-            return Err(Missing(format!("{what}: no lazy image is mounted there, nor by that name")).into());
+            return Err(Problem::Missing(format!("{what}: no lazy image is mounted there, nor by that name")).into());
         }
         found.iter().try_for_each(|(completion, reader)| completion.run(&**reader))
     }
 
     /// All mounts, as [`Shown`].
-    pub(super) fn list(&self) -> anyhow::Result<Value> {
+    pub(crate) fn list(&self) -> anyhow::Result<Value> {
         // What was unmounted a moment ago is not shown, unless it is in use.
         self.look();
         if lock(&self.entries).values().any(|entry| entry.leaving) {
@@ -324,12 +324,12 @@ impl Mounts {
     }
 
     /// Whether the kernel would send again what this process has not answered.
-    pub(super) fn can_be_killed(&self) -> bool {
+    pub(crate) fn can_be_killed(&self) -> bool {
         lock(&self.entries).values().all(|entry| entry.record.kept.parameters.can_resend())
     }
 
     /// Leaves all mounts to a successor.
-    pub(super) fn hand_over(&self) {
+    pub(crate) fn hand_over(&self) {
         let entries = Mutex::new(std::mem::take(&mut *lock(&self.entries)));
         lock(&entries).values().for_each(|entry| entry.completion.stop());
         let one = || {
@@ -382,7 +382,7 @@ impl Entry {
 }
 
 /// Whether this program understands what its predecessor left.
-pub(super) fn readable(held: &BTreeMap<u64, Held>) -> anyhow::Result<()> {
+pub(crate) fn readable(held: &BTreeMap<u64, Held>) -> anyhow::Result<()> {
     for held in held.values() {
         Record::deserialize(&held.record).context("what the daemon that ended says of a mount")?;
         let grant = held.files.first().context("a grant is missing")?.try_clone()?;
@@ -410,7 +410,7 @@ fn see(target: &Path, seen: Option<(u64, u64)>) -> anyhow::Result<()> {
         return Ok(());
     }
     let text = "is another directory to the daemon that serves lazy images: use --foreground";
-    Err(Usage(format!("{} {text}", target.display())).into())
+    Err(Problem::Usage(format!("{} {text}", target.display())).into())
 }
 
 /// Whether a process has.

@@ -12,14 +12,9 @@ use std::{
 use anyhow::Context as _;
 use serde_json::Value;
 
-use super::{
-    Station, keeper,
-    protocol::{self, Hello, PEER_TIME, Request, Shown, VERSION},
-};
 use crate::{
-    args::Global,
-    exit::{InUse, Missing},
-    output::Exit,
+    Problem, Program, Station, keeper,
+    protocol::{self, Hello, PEER_TIME, Request, Shown, VERSION},
 };
 
 /// How long it may take until a daemon runs: one that ends lets go of its lock, one that takes over reads metadata.
@@ -30,7 +25,7 @@ const WORK_TIME: Duration = Duration::from_secs(600);
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// A daemon that waits for a request.
-pub(crate) struct Connected {
+pub struct Connected {
     stream: UnixStream,
     pid: u32,
     log: String,
@@ -41,7 +36,7 @@ impl Connected {
     ///
     /// # Errors
     /// What the daemon says, with the exit code of the command as if it had done it itself.
-    pub(crate) fn ask(&self, request: &Request, files: &[BorrowedFd<'_>]) -> anyhow::Result<Value> {
+    pub fn ask(&self, request: &Request, files: &[BorrowedFd<'_>]) -> anyhow::Result<Value> {
         let lost = || format!("the daemon that serves lazy images did not answer; {} may say why", self.log);
         protocol::ask(&self.stream, request, files).with_context(lost)?;
         let time = if matches!(request, Request::Complete { .. }) { None } else { Some(WORK_TIME) };
@@ -55,7 +50,7 @@ impl Station {
     ///
     /// # Errors
     /// One runs and does not answer, or is of another version.
-    pub(crate) fn connected(&self) -> anyhow::Result<Option<Connected>> {
+    pub fn connected(&self) -> anyhow::Result<Option<Connected>> {
         let log = self.log().display().to_string();
         let lost = || format!("the daemon that serves lazy images does not answer; {log} may say why");
         let stream = match self.connect() {
@@ -76,7 +71,7 @@ impl Station {
         };
         if hello.version != VERSION {
             let found = hello.version;
-            return Err(InUse(format!(
+            return Err(Problem::InUse(format!(
                 "the daemon that serves lazy images (process {}) speaks version {found} of its protocol, and this program {VERSION}: \
                  unmount its images, or send it SIGTERM",
                 hello.pid
@@ -90,13 +85,13 @@ impl Station {
     ///
     /// # Errors
     /// It cannot be started.
-    pub(crate) fn started(&self, global: &Global) -> anyhow::Result<Connected> {
+    pub fn started(&self, program: &Program) -> anyhow::Result<Connected> {
         let begin = Instant::now();
         loop {
             if let Some(connected) = self.connected()? {
                 return Ok(connected);
             }
-            if !self.start(global)? {
+            if !self.start(program)? {
                 // Somebody else starts one, or one is about to end.
                 anyhow::ensure!(
                     begin.elapsed() < START_TIME,
@@ -109,12 +104,8 @@ impl Station {
     }
 
     /// Starts a keeper, which starts the daemon; whether it did, rather than another.
-    fn start(&self, global: &Global) -> anyhow::Result<bool> {
-        let mut command = super::program(Path::new(super::SELF));
-        if let Some(log) = &global.log {
-            command.args(["--log", log]);
-        }
-        command.args(["image", "daemon", "keep", "--directory"]).arg(self.lazy());
+    fn start(&self, program: &Program) -> anyhow::Result<bool> {
+        let mut command = program.call(Path::new(crate::SELF), "keep", self.lazy());
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.context("the daemon that serves lazy images cannot be started")?;
         let mut said = String::new();
@@ -126,7 +117,7 @@ impl Station {
             return Ok(true);
         }
         let status = child.wait().context("the daemon that serves lazy images")?;
-        if status.code() == Some(Exit::Conflict as i32) {
+        if status.code() == Some(keeper::TAKEN) {
             return Ok(false);
         }
         let log = self.log();
@@ -137,8 +128,8 @@ impl Station {
     ///
     /// # Errors
     /// None runs, or the successor does not come.
-    pub(crate) fn restart(&self) -> anyhow::Result<()> {
-        let none = || Missing("no daemon serves lazy images of this store here".into());
+    pub fn restart(&self) -> anyhow::Result<()> {
+        let none = || Problem::Missing("no daemon serves lazy images of this store here".into());
         let old = self.connected()?.ok_or_else(none)?;
         old.ask(&Request::Restart, &[])?;
         let begin = Instant::now();
@@ -157,7 +148,7 @@ impl Station {
 ///
 /// # Errors
 /// One does not answer.
-pub(crate) fn all(lazy: &Path) -> anyhow::Result<Vec<Shown>> {
+pub fn all(lazy: &Path) -> anyhow::Result<Vec<Shown>> {
     let mut all = Vec::new();
     for station in Station::all(lazy)? {
         if let Some(connected) = station.connected()? {

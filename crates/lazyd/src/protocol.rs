@@ -23,28 +23,28 @@ use nacre_sys::descriptors;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::commands::disk::Refused;
+use crate::Problem;
 
 /// The version of all this.
-pub(super) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 /// The most bytes of a frame.
 const FRAME: u32 = 16 << 20;
 /// How long a peer may take to say or to hear something.
-pub(super) const PEER_TIME: Duration = Duration::from_secs(10);
+pub(crate) const PEER_TIME: Duration = Duration::from_secs(10);
 
 /// What the daemon says first.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Hello {
+pub(crate) struct Hello {
     #[serde(rename = "nacre-lazy")]
-    pub(super) version: u32,
+    pub(crate) version: u32,
     /// The process.
-    pub(super) pid: u32,
+    pub(crate) pid: u32,
 }
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
-pub(crate) enum Request {
+pub enum Request {
     /// Mount the image of the grant that comes along, the first file. The answer is a [`Mounted`]. Where a second file comes, a process's
     /// (pidfd_open(2)), it is unmounted when that process has ended.
     Mount(MountRequest),
@@ -67,66 +67,66 @@ pub(crate) enum Request {
 /// A mount that is asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct MountRequest {
+pub struct MountRequest {
     /// Where: an absolute path, without links; `None` for a place of the daemon's own.
-    pub(crate) target: Option<PathBuf>,
+    pub target: Option<PathBuf>,
     /// The directory's device and inode, as whoever asks sees it: the daemon has to see the same.
-    pub(crate) seen: Option<(u64, u64)>,
+    pub seen: Option<(u64, u64)>,
     /// How it becomes a filesystem.
-    pub(crate) front: Front,
+    pub front: Front,
     /// Where what is read is kept, and how long is waited.
-    pub(crate) options: LazyOptions,
+    pub options: LazyOptions,
     /// Whether all of it is fetched meanwhile.
-    pub(crate) complete: bool,
+    pub complete: bool,
 }
 
 /// A mount that was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Mounted {
+pub struct Mounted {
     /// Where.
-    pub(crate) target: PathBuf,
+    pub target: PathBuf,
     /// What serves it: `erofs` or `fuse`.
-    pub(crate) front: String,
+    pub front: String,
     /// The image.
-    pub(crate) manifest: String,
+    pub manifest: String,
     /// What to run of it.
-    pub(crate) config: Value,
+    pub config: Value,
 }
 
 /// A mount that there is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Shown {
+pub struct Shown {
     /// The image, as a person named it.
-    pub(crate) name: String,
+    pub name: String,
     /// Its manifest.
-    pub(crate) manifest: String,
+    pub manifest: String,
     /// Where.
-    pub(crate) target: PathBuf,
+    pub target: PathBuf,
     /// What serves it.
-    pub(crate) front: String,
+    pub front: String,
     /// Since when.
-    pub(crate) since: String,
+    pub since: String,
     /// Stored bytes of its data blobs that are in the cache.
-    pub(crate) local_bytes: u64,
+    pub local_bytes: u64,
     /// Stored bytes that they have.
-    pub(crate) total_bytes: u64,
+    pub total_bytes: u64,
     /// Whether it is being fetched as a whole.
-    pub(crate) completing: bool,
+    pub completing: bool,
     /// Whether it was.
-    pub(crate) complete: bool,
+    pub complete: bool,
     /// Whether it is unmounted already, and files of it are still open.
-    pub(crate) leaving: bool,
+    pub leaving: bool,
     /// The last thing that failed.
-    pub(crate) failure: Option<ShownFailure>,
+    pub failure: Option<ShownFailure>,
 }
 
 /// A read, or the fetching of all, that failed.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct ShownFailure {
+pub struct ShownFailure {
     /// When, RFC 3339.
-    pub(crate) at: String,
+    pub at: String,
     /// Why.
-    pub(crate) reason: String,
+    pub reason: String,
 }
 
 /// What comes of a request.
@@ -142,13 +142,13 @@ enum Answer {
 }
 
 /// Sends a request.
-pub(super) fn ask(stream: &UnixStream, request: &Request, files: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+pub(crate) fn ask(stream: &UnixStream, request: &Request, files: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
     let bytes = serde_json::to_vec(request)?;
     Ok(descriptors::send(stream, &bytes, files)?)
 }
 
 /// Receives a request, and the files that came with it.
-pub(super) fn asked(stream: &UnixStream) -> anyhow::Result<(Request, Vec<OwnedFd>)> {
+pub(crate) fn asked(stream: &UnixStream) -> anyhow::Result<(Request, Vec<OwnedFd>)> {
     let (bytes, files) = descriptors::receive(stream)?;
     let value: Value = serde_json::from_slice(&bytes)?;
     let request: Request = serde_json::from_value(value.clone())?;
@@ -160,26 +160,27 @@ pub(super) fn asked(stream: &UnixStream) -> anyhow::Result<(Request, Vec<OwnedFd
 }
 
 /// Sends what came of a request.
-pub(super) fn answer(stream: &UnixStream, result: anyhow::Result<Value>) -> io::Result<()> {
+pub(crate) fn answer(
+    stream: &UnixStream,
+    exit: fn(&anyhow::Error) -> u8,
+    result: anyhow::Result<Value>,
+) -> io::Result<()> {
     let answer = match result {
         Ok(value) => Answer::Ok(value),
-        Err(error) => {
-            let (error, exit) = Refused::of(&error).into_parts();
-            Answer::Failed { error, exit }
-        }
+        Err(error) => Answer::Failed { error: format!("{error:#}"), exit: exit(&error) },
     };
     write_frame(stream, &answer)
 }
 
 /// Receives what came of a request.
-pub(super) fn answered(stream: &UnixStream) -> io::Result<anyhow::Result<Value>> {
+pub(crate) fn answered(stream: &UnixStream) -> io::Result<anyhow::Result<Value>> {
     Ok(match read_frame(stream)? {
         Answer::Ok(value) => Ok(value),
-        Answer::Failed { error, exit } => Err(Refused::new(error, exit).into()),
+        Answer::Failed { error, exit } => Err(Problem::Refused { message: error, exit }.into()),
     })
 }
 
-pub(super) fn write_frame(mut stream: &UnixStream, value: &impl Serialize) -> io::Result<()> {
+pub(crate) fn write_frame(mut stream: &UnixStream, value: &impl Serialize) -> io::Result<()> {
     let bytes = serde_json::to_vec(value)?;
     let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= FRAME);
     let length = length.ok_or_else(|| io::Error::other("an answer of more than 16 MiB"))?;
@@ -187,7 +188,7 @@ pub(super) fn write_frame(mut stream: &UnixStream, value: &impl Serialize) -> io
     stream.write_all(&bytes)
 }
 
-pub(super) fn read_frame<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<T> {
+pub(crate) fn read_frame<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<T> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);
@@ -210,7 +211,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{exit, exit::InUse, output::Exit};
 
     fn pair() -> (UnixStream, UnixStream) {
         let (one, other) = UnixStream::pair().unwrap();
@@ -250,11 +250,13 @@ mod tests {
             let (came, with) = asked(&daemon).unwrap();
             assert_eq!((came, with.len()), (request, files));
         }
-        answer(&daemon, Ok(json!({ "a": 1 }))).unwrap();
+        let exit = |_: &anyhow::Error| 6;
+        answer(&daemon, exit, Ok(json!({ "a": 1 }))).unwrap();
         assert_eq!(answered(&command).unwrap().unwrap(), json!({ "a": 1 }));
-        answer(&daemon, Err(InUse("taken".into()).into())).unwrap();
+        answer(&daemon, exit, Err(Problem::InUse("taken".into()).into())).unwrap();
         let error = answered(&command).unwrap().unwrap_err();
-        assert_eq!((error.to_string().as_str(), exit::of(&error)), ("taken", Exit::Conflict));
+        let Some(Problem::Refused { message, exit: 6 }) = error.downcast_ref() else { panic!("{error:?}") };
+        assert_eq!(message, "taken");
     }
 
     #[test]

@@ -11,12 +11,11 @@ use std::{
 use nacre_lazy::device::DeviceReader;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::protocol::ShownFailure;
-use crate::exit::InUse;
+use crate::{Problem, protocol::ShownFailure};
 
 /// How far that is.
 #[derive(Default)]
-pub(super) struct Completion {
+pub(crate) struct Completion {
     running: AtomicUsize,
     stop: AtomicBool,
     done: AtomicBool,
@@ -25,7 +24,7 @@ pub(super) struct Completion {
 
 impl Completion {
     /// In the background.
-    pub(super) fn start(self: &Arc<Self>, reader: &Arc<dyn DeviceReader>) -> anyhow::Result<()> {
+    pub(crate) fn start(self: &Arc<Self>, reader: &Arc<dyn DeviceReader>) -> anyhow::Result<()> {
         let (completion, reader) = (Arc::clone(self), Arc::clone(reader));
         let fetching = move || {
             if let Err(error) = completion.run(&*reader) {
@@ -36,7 +35,7 @@ impl Completion {
     }
 
     /// Until it is done.
-    pub(super) fn run(&self, reader: &dyn DeviceReader) -> anyhow::Result<()> {
+    pub(crate) fn run(&self, reader: &dyn DeviceReader) -> anyhow::Result<()> {
         self.running.fetch_add(1, Ordering::SeqCst);
         let fetched = reader.complete(&mut |_| !self.stop.load(Ordering::SeqCst));
         self.running.fetch_sub(1, Ordering::SeqCst);
@@ -47,25 +46,25 @@ impl Completion {
             return Err(error.into());
         }
         if self.stop.load(Ordering::SeqCst) {
-            return Err(InUse("the image was unmounted before all of it was fetched".into()).into());
+            return Err(Problem::InUse("the image was unmounted before all of it was fetched".into()).into());
         }
         self.done.store(true, Ordering::SeqCst);
         Ok(())
     }
 
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
     }
 
-    pub(super) fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.running.load(Ordering::SeqCst) > 0
     }
 
-    pub(super) fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.done.load(Ordering::SeqCst)
     }
 
-    pub(super) fn failure(&self) -> Option<ShownFailure> {
+    pub(crate) fn failure(&self) -> Option<ShownFailure> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

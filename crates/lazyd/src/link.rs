@@ -21,12 +21,12 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Station;
+use crate::{Program, Station};
 
 /// What a daemon tells its keeper.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) enum ToKeeper {
+pub(crate) enum ToKeeper {
     /// Be my keeper: my process, the listener, the lock.
     Adopt,
     /// Hold this mount, in place of what you hold by the number.
@@ -55,7 +55,7 @@ pub(super) enum ToKeeper {
 /// What a keeper tells the daemon that it starts.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
-pub(super) enum ToDaemon {
+pub(crate) enum ToDaemon {
     /// The listener and the lock.
     Start,
     /// Go on with this mount.
@@ -69,33 +69,34 @@ pub(super) enum ToDaemon {
     Go,
 }
 
-pub(super) fn send(socket: &UnixStream, message: &impl Serialize, files: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+pub(crate) fn send(socket: &UnixStream, message: &impl Serialize, files: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
     Ok(descriptors::send(socket, &serde_json::to_vec(message)?, files)?)
 }
 
-pub(super) fn receive<T: serde::de::DeserializeOwned>(socket: &UnixStream) -> anyhow::Result<(T, Vec<OwnedFd>)> {
+pub(crate) fn receive<T: serde::de::DeserializeOwned>(socket: &UnixStream) -> anyhow::Result<(T, Vec<OwnedFd>)> {
     let (bytes, files) = descriptors::receive(socket)?;
     Ok((serde_json::from_slice(&bytes)?, files))
 }
 
 /// How many files a mount has.
-pub(super) const FILES: RangeInclusive<usize> = 3..=4;
+pub(crate) const FILES: RangeInclusive<usize> = 3..=4;
 
 /// A mount, as it is held for a successor.
-pub(super) struct Held {
-    pub(super) record: Value,
+pub(crate) struct Held {
+    pub(crate) record: Value,
     /// The grant, the FUSE connection, the metadata, and the process that it ends with where there is one.
-    pub(super) files: Vec<OwnedFd>,
+    pub(crate) files: Vec<OwnedFd>,
 }
 
 impl Held {
-    pub(super) fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
+    pub(crate) fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
         self.files.iter().map(|file| file.as_fd()).collect()
     }
 }
 
 /// The daemon's side.
-pub(super) struct Link {
+pub(crate) struct Link {
+    program: Program,
     station: Station,
     listener: UnixListener,
     lock: File,
@@ -112,22 +113,23 @@ struct State {
 }
 
 impl Link {
-    pub(super) fn new(
+    pub(crate) fn new(
+        program: Program,
         station: Station,
         socket: UnixStream,
         listener: UnixListener,
         lock: File,
-        held: BTreeMap<u64, Held>,
     ) -> Self {
-        Self { station, listener, lock, state: Mutex::new(State { socket: Some(socket), held, keeper: None }) }
+        let state = State { socket: Some(socket), held: BTreeMap::new(), keeper: None };
+        Self { program, station, listener, lock, state: Mutex::new(state) }
     }
 
-    pub(super) fn listener(&self) -> &UnixListener {
+    pub(crate) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
     /// When this returns, a crash does not end the mount any more. (What was sent is read also when the sender is dead.)
-    pub(super) fn hold(&self, id: u64, held: Held) -> anyhow::Result<()> {
+    pub(crate) fn hold(&self, id: u64, held: Held) -> anyhow::Result<()> {
         let mut state = self.state();
         let message = ToKeeper::Hold { id, record: held.record.clone() };
         // What is too large for the link is an error now, and not when there is another keeper.
@@ -146,7 +148,7 @@ impl Link {
     }
 
     /// Whoever held the mount forgets it, and its keys.
-    pub(super) fn forget(&self, id: u64) {
+    pub(crate) fn forget(&self, id: u64) {
         let mut state = self.state();
         if let Some(grant) = state.held.remove(&id).and_then(|held| held.files.into_iter().next())
             && let Err(error) = nacre_guest::lazy::wipe(&File::from(grant))
@@ -161,7 +163,7 @@ impl Link {
     }
 
     /// Tells it something else; whether it could be told.
-    pub(super) fn tell(&self, message: &ToKeeper) -> bool {
+    pub(crate) fn tell(&self, message: &ToKeeper) -> bool {
         let state = self.state();
         let Some(socket) = &state.socket else { return false };
         let told = send(socket, message, &[]);
@@ -172,7 +174,7 @@ impl Link {
     }
 
     /// Makes another keeper when there is none any more.
-    pub(super) fn watch(self: &Arc<Self>) -> std::io::Result<()> {
+    pub(crate) fn watch(self: &Arc<Self>) -> std::io::Result<()> {
         let link = Arc::clone(self);
         thread::Builder::new().name("keeper".into()).spawn(move || link.watching()).map(drop)
     }
@@ -210,9 +212,9 @@ impl Link {
     fn adopted(&self, state: &State) -> anyhow::Result<(UnixStream, Child)> {
         let (ours, theirs) = UnixStream::pair()?;
         let process = pidfd_open(getpid(), PidfdFlags::empty()).context("a descriptor of this process")?;
-        let mut command = super::program(Path::new(super::SELF));
-        command.args(["image", "daemon", "keep", "--adopt", "--directory"]).arg(self.station.lazy());
-        let keeper = command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).spawn().context("start it")?;
+        let mut command = self.program.call(Path::new(crate::SELF), "keep", self.station.lazy());
+        let keeper =
+            command.arg("--adopt").stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).spawn().context("start it")?;
         send(&ours, &ToKeeper::Adopt, &[process.as_fd(), self.listener.as_fd(), self.lock.as_fd()])?;
         for (id, held) in &state.held {
             let message = ToKeeper::Hold { id: *id, record: held.record.clone() };

@@ -10,6 +10,8 @@
 //! LAZY/log                        what the two have to say
 //! ```
 //!
+//! A program that has this in it starts itself again as the keeper and the daemon: [`Program`] says with which arguments.
+//!
 //! - [`client`]: commands ask it, and start it where none runs. [`protocol`]: what they say.
 //! - [`keeper`]: a small process that parses nothing that comes from elsewhere, and holds, for each mount, the FUSE connection, the locked
 //!   metadata file, and the [grant](nacre_guest::lazy::Grant), all in memory. [`link`]: how the two talk.
@@ -18,13 +20,14 @@
 //! Invariants: what is seen in the tree is at the keeper. A daemon that died serves nothing any more when its successor begins. When the keeper
 //! dies, the daemon makes another one; when both die, mounts give errors, and the next command that mounts takes them away.
 
-pub(crate) mod client;
+mod by_daemon;
+mod client;
 mod completion;
-pub(crate) mod keeper;
+mod keeper;
 mod link;
 mod mounts;
 mod protocol;
-pub(crate) mod serve;
+mod serve;
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -42,29 +45,100 @@ use std::{
 };
 
 use anyhow::Context as _;
+use clap::Args;
 
-pub(crate) use protocol::{MountRequest, Mounted, Request, Shown};
+pub use by_daemon::{ByDaemon, ask_to_mount};
+pub use client::{Connected, all};
+pub use keeper::keep;
+pub use protocol::{MountRequest, Mounted, Request, Shown, ShownFailure};
+pub use serve::serve;
 
 /// This program, whatever has its name by now.
 const SELF: &str = "/proc/self/exe";
 
-/// A program that `ps` shows by its name.
-fn program(path: &Path) -> Command {
-    let mut command = Command::new(path);
-    command.arg0("nacre");
-    command
+/// How a program is called to be the keeper or the daemon.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// What `ps` shows.
+    pub name: &'static str,
+    /// The arguments before `keep` and `serve`.
+    pub command: &'static [&'static str],
+    /// What it is to log, for its `--log`.
+    pub log: Option<String>,
+    /// The exit code of an error: a command that asked the daemon ends as if it had done itself what failed.
+    pub exit: fn(&anyhow::Error) -> u8,
+}
+
+impl Program {
+    /// A call of it, or of another version of it.
+    fn call(&self, path: &Path, what: &str, lazy: &Path) -> Command {
+        let mut command = Command::new(path);
+        command.arg0(self.name);
+        if let Some(log) = &self.log {
+            command.args(["--log", log]);
+        }
+        command.args(self.command).arg(what).arg("--directory").arg(lazy);
+        command
+    }
+}
+
+/// Arguments of `keep`.
+#[derive(Clone, Debug, Args)]
+pub struct KeepArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub directory: PathBuf,
+    /// Take over from a keeper that died
+    #[arg(long)]
+    pub adopt: bool,
+}
+
+/// Arguments of `serve`.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// The store's directory of lazy images
+    #[arg(long)]
+    pub directory: PathBuf,
+    /// End when nothing was mounted for so many seconds
+    #[arg(long, default_value_t = 30)]
+    pub idle: u64,
+}
+
+/// What the daemon, or whoever asks it, finds wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// Somebody else has it.
+    #[error("{0}")]
+    InUse(String),
+    /// Something that was named is not there.
+    #[error("{0}")]
+    Missing(String),
+    /// It cannot be meant.
+    #[error("{0}")]
+    Usage(String),
+    /// The daemon could not do what it was asked for.
+    #[error("{message}")]
+    Refused {
+        /// Why.
+        message: String,
+        /// The exit code of a command that would have done it itself.
+        exit: u8,
+    },
 }
 
 /// Where a daemon is found: a store's directory of lazy images, and a mount namespace.
 #[derive(Debug, Clone)]
-pub(crate) struct Station {
+pub struct Station {
     lazy: PathBuf,
     namespace: String,
 }
 
 impl Station {
     /// That of this process's mount namespace.
-    pub(crate) fn here(lazy: &Path) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// /proc is not there.
+    pub fn here(lazy: &Path) -> anyhow::Result<Self> {
         let namespace = fs::metadata("/proc/self/ns/mnt").context("/proc/self/ns/mnt")?.ino();
         Ok(Self { lazy: lazy.to_owned(), namespace: namespace.to_string() })
     }

@@ -23,13 +23,9 @@ use rustix::{
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, pidfd_open, pidfd_send_signal, setrlimit},
 };
 
-use super::{
-    SELF, Station,
-    link::{self, FILES, Held, ToDaemon, ToKeeper},
-};
 use crate::{
-    args::{Global, lazy::KeepArgs},
-    output::Exit,
+    KeepArgs, Program, SELF, Station,
+    link::{self, FILES, Held, ToDaemon, ToKeeper},
 };
 
 /// A daemon that lives shorter than this died of what it was to go on with, most likely.
@@ -39,22 +35,27 @@ const TRIES: u32 = 5;
 /// How long a daemon may take to hand over.
 const HAND_OVER: Duration = Duration::from_secs(10);
 /// What is said to who waits for the daemon.
-pub(super) const READY: &str = "ready";
+pub(crate) const READY: &str = "ready";
+/// The exit code where another one runs.
+pub(crate) const TAKEN: i32 = 6;
 
-/// The exit code.
-pub(crate) fn keep(global: &Global, args: &KeepArgs) -> anyhow::Result<i32> {
+/// Is the keeper, until the daemon has ended for good; gives the exit code.
+///
+/// # Errors
+/// No daemon can be started any more.
+pub fn keep(program: &Program, args: &KeepArgs) -> anyhow::Result<i32> {
     // Out of the terminal's reach; a keeper that a daemon made is there already.
     let _ = rustix::process::setsid();
     many_files();
     env::set_current_dir("/").context("/")?;
     let station = Station::here(&args.directory)?;
     // By its name, for updates; as it is while the file is there.
-    let program = std::fs::read_link(SELF).context(SELF)?;
-    let base = Base { station, program, log: global.log.clone() };
+    let path = std::fs::read_link(SELF).context(SELF)?;
+    let base = Base { station, path, program: program.clone() };
     if args.adopt {
         return base.adopt()?.run();
     }
-    let Some(lock) = base.station.lock()? else { return Ok(Exit::Conflict as i32) };
+    let Some(lock) = base.station.lock()? else { return Ok(TAKEN) };
     let listener = base.station.listen().context("the socket of the daemon that serves lazy images")?;
     leave(&base.station)?;
     let keeper = Keeper { base, listener, lock, held: BTreeMap::new(), first: None, told: false };
@@ -74,8 +75,8 @@ fn leave(station: &Station) -> anyhow::Result<()> {
 /// What does not change.
 struct Base {
     station: Station,
-    program: PathBuf,
-    log: Option<String>,
+    path: PathBuf,
+    program: Program,
 }
 
 impl Base {
@@ -140,7 +141,7 @@ impl Keeper {
             }
             if ended.restart {
                 // An update has put another program in its place.
-                program = if self.base.program.exists() { self.base.program.clone() } else { SELF.into() };
+                program = if self.base.path.exists() { self.base.path.clone() } else { SELF.into() };
                 tries = 0;
             } else {
                 tracing::error!("the daemon {}; {} mounts go to its successor", ended.how, self.held.len());
@@ -172,11 +173,7 @@ impl Keeper {
 
     fn start(&self, program: &Path) -> anyhow::Result<Daemon> {
         let (ours, theirs) = UnixStream::pair().context("a pair of sockets")?;
-        let mut command = super::program(program);
-        if let Some(log) = &self.base.log {
-            command.args(["--log", log]);
-        }
-        command.args(["image", "daemon", "serve", "--directory"]).arg(self.base.station.lazy());
+        let mut command = self.base.program.call(program, "serve", self.base.station.lazy());
         command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         let started = || {

@@ -22,13 +22,12 @@ use nacre_sys::end::EndSignals;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::Value;
 
-use super::{
-    Station,
+use crate::{
+    Program, ServeArgs, Station,
     link::{self, FILES, Held, Link, ToDaemon, ToKeeper},
     mounts::{self, Mounts},
     protocol::{self, Hello, PEER_TIME, Request, VERSION},
 };
-use crate::args::lazy::ServeArgs;
 
 /// How often it is looked whether mounts are still there.
 const LOOK: Duration = Duration::from_millis(500);
@@ -38,8 +37,11 @@ const REQUESTS: usize = 64;
 /// How long requests that are under way may take before another process takes over.
 const FINISH: Duration = Duration::from_secs(10);
 
-/// The exit code.
-pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<i32> {
+/// Is the daemon, until nobody needs it; gives the exit code.
+///
+/// # Errors
+/// It cannot begin, or not go on.
+pub fn serve(program: &Program, args: &ServeArgs) -> anyhow::Result<i32> {
     nacre_sys::memory::share_one_heap();
     let end = EndSignals::hold()?;
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
@@ -52,10 +54,11 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<i32> {
     if let Err(error) = lazy::clean(&args.directory) {
         tracing::warn!("{error}");
     }
-    let link = Arc::new(Link::new(station, socket, listener, lock, BTreeMap::new()));
+    let link = Arc::new(Link::new(program.clone(), station, socket, listener, lock));
     let daemon = Arc::new(Daemon {
         mounts: Mounts::new(&args.directory, Arc::clone(&link)),
         link,
+        exit: program.exit,
         active: AtomicUsize::new(0),
         restart: AtomicBool::new(false),
     });
@@ -86,6 +89,7 @@ fn begin(socket: &UnixStream) -> anyhow::Result<(UnixListener, File, BTreeMap<u6
 struct Daemon {
     mounts: Mounts,
     link: Arc<Link>,
+    exit: fn(&anyhow::Error) -> u8,
     /// Requests that are under way.
     active: AtomicUsize,
     /// Another process is to take over.
@@ -166,13 +170,13 @@ impl Daemon {
             Ok(asked) => asked,
             Err(error) => {
                 let error = error.context("this is no request");
-                return Ok(protocol::answer(client, Err(error))?);
+                return Ok(protocol::answer(client, self.exit, Err(error))?);
             }
         };
         let result = match request {
             Request::Mount(request) => match self.mounts.mount(request, files) {
                 Ok((id, mounted)) => {
-                    let answered = protocol::answer(client, Ok(mounted));
+                    let answered = protocol::answer(client, self.exit, Ok(mounted));
                     if answered.is_err() {
                         // Whoever wanted it has gone.
                         self.mounts.unmount_one(id);
@@ -189,7 +193,7 @@ impl Daemon {
                 Ok(Value::Null)
             }
         };
-        Ok(protocol::answer(client, result)?)
+        Ok(protocol::answer(client, self.exit, result)?)
     }
 
     /// Ends this process and leaves what is mounted to another one, where there is a keeper to start it.
