@@ -22,7 +22,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-lazy", "nacre-oci", "nacre-sys"]),
     ("nacre-lazyd", &["nacre-guest", "nacre-lazy", "nacre-sys"]),
     ("nacre-capi", &["nacre-core", "nacre-guest", "nacre-lazy", "nacre-oci"]),
-    ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys"]),
+    ("nacre-verify", &["nacre-attest", "nacre-core"]),
+    ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys", "nacre-verify"]),
     (
         "nacre-cli",
         &[
@@ -39,6 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-oci",
             "nacre-registry",
             "nacre-sys",
+            "nacre-verify",
         ],
     ),
     ("nacre-guestd", &["nacre-attest", "nacre-core", "nacre-guest", "nacre-lazyd", "nacre-oci", "nacre-sys"]),
@@ -55,6 +57,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-guest",
             "nacre-lazy",
             "nacre-oci",
+            "nacre-verify",
         ],
     ),
     ("xtask", &[]),
@@ -65,6 +68,7 @@ const NOT_IN_THE_GUEST: &[&str] = &[
     "nacre-broker",
     "nacre-registry",
     "nacre-testkit",
+    "nacre-verify",
     "axum",
     "hyper",
     "regorus",

@@ -103,6 +103,40 @@ pub enum EvidenceError {
         /// In the evidence, hex.
         measured: String,
     },
+    /// A certificate that does not vouch for it.
+    #[error("{tee} evidence: {what}: {why}")]
+    Certificate {
+        /// The TEE.
+        tee: &'static str,
+        /// Which certificate or list.
+        what: String,
+        /// Expired, revoked, signed by somebody else, of another chip.
+        why: String,
+    },
+    /// What the vendor publishes, and a verifier needs, is missing or past its time.
+    #[error("{tee} evidence: {why} (fill the cache: nacre broker collateral import)")]
+    Collateral {
+        /// The TEE.
+        tee: &'static str,
+        /// What is missing, or since when it is no good.
+        why: String,
+    },
+    /// Of a guest or a platform that the rules do not admit, genuine or not.
+    #[error("{tee} evidence is refused: {why}")]
+    Refused {
+        /// The TEE.
+        tee: &'static str,
+        /// Which rule, and what was found.
+        why: String,
+    },
+    /// The event log is not the one that was measured.
+    #[error("{tee} evidence: event log: {source}")]
+    EventLog {
+        /// The TEE.
+        tee: &'static str,
+        /// What is wrong with it.
+        source: crate::eventlog::LogError,
+    },
 }
 
 /// What the session demands of evidence.
@@ -112,6 +146,8 @@ pub struct Expected<'a> {
     pub report_data: &'a [u8; 64],
     /// The init data that was sent beside the evidence.
     pub init_data: Option<&'a InitData>,
+    /// The time that certificates and collateral are judged by, in seconds since 1970.
+    pub now: i64,
 }
 
 /// What verified evidence says.
@@ -121,6 +157,8 @@ pub struct Claims {
     pub tee: &'static str,
     /// The TEE's claims, an object.
     pub claims: Value,
+    /// Claims that policies see beside them and that are too long for a token: event logs. An object, or null.
+    pub logs: Value,
     /// The report data, hex.
     pub report_data: String,
     /// The measured digest of the init data, hex; empty where there was none.

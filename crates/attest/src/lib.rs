@@ -5,6 +5,8 @@
 //! | [`rcar`] | the messages of the key broker protocol 0.x (Request, Challenge, Attestation, Response) and the report data binding |
 //! | [`initdata`] | the configuration that a guest is started with and measured by |
 //! | [`evidence`] | the ports [`Attester`](evidence::Attester) and [`Verifier`](evidence::Verifier), and what verified evidence says |
+//! | [`eventlog`] | event logs of firmware and of run time: parsed, replayed, written |
+//! | [`snp_report`] | the report of SEV-SNP, in bytes and in JSON |
 //! | [`sim`] | the simulated TEE, for demos and tests |
 //! | [`ear`] | attestation results: EAR tokens |
 //! | [`client`] | the guest's side: attest, fetch keys, know the time |
@@ -15,9 +17,11 @@
 
 pub mod client;
 pub mod ear;
+pub mod eventlog;
 pub mod evidence;
 pub mod initdata;
 pub mod jcs;
 pub mod offline;
 pub mod rcar;
 pub mod sim;
+pub mod snp_report;

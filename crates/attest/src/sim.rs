@@ -259,6 +259,7 @@ impl Verifier for SimVerifier {
                     "debug": report.debug,
                     "platform": platform,
                 }),
+                logs: Value::Null,
                 report_data: report.report_data,
                 init_data: report.init_data,
                 measurement: report.measurement,
@@ -285,7 +286,7 @@ mod tests {
         let attester = attester(key, Some(init.clone()));
         assert_eq!(attester.measurement(), measure(&std::env::current_exe().unwrap()).unwrap());
         let evidence = attester.evidence(&[7; 64]).unwrap();
-        let expected = Expected { report_data: &[7; 64], init_data: Some(&init) };
+        let expected = Expected { report_data: &[7; 64], init_data: Some(&init), now: 0 };
         let claims = verifier.verify(&evidence, &expected).unwrap().into_inner();
         assert_eq!(claims.measurement, attester.measurement().hex());
         assert!(claims.simulated && claims.claims["simulated"] == true);
@@ -307,7 +308,7 @@ mod tests {
         let key = PrivateKey::generate_p256();
         let mut verifier = SimVerifier::new();
         verifier.trust(key.public()).unwrap();
-        let expected = Expected { report_data: &[7; 64], init_data: None };
+        let expected = Expected { report_data: &[7; 64], init_data: None, now: 0 };
         let kid = Jwk::from_public(&key.public()).thumbprint().unwrap();
         let forger = PrivateKey::generate_p256();
         let good = attester(key, None).evidence(&[7; 64]).unwrap();

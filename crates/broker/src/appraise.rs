@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use nacre_attest::{
     ear::{Appraisal, Ear, PROFILE, TrustVector, VerifierId},
-    evidence::{Claims, Expected, Verifier as _},
+    evidence::{Claims, Expected},
     initdata::InitData,
     rcar::{Attestation, Challenge, MessageError, Request, report_data},
-    sim::{self, SimVerifier},
+    sim,
 };
 use nacre_core::{
     Digest,
@@ -46,13 +46,7 @@ impl Broker {
     /// Opens a session.
     pub(crate) fn auth(&self, body: &[u8]) -> Result<(Opened, Challenge), ApiError> {
         let request = Request::parse(body).map_err(|e| malformed(&e))?;
-        if request.tee != sim::TEE {
-            return Err(ApiError::bad_request(format!(
-                "TEE '{}' is not supported by this broker: {} is",
-                request.tee,
-                sim::TEE
-            )));
-        }
+        self.check_tee(&request.tee)?;
         self.check_simulation(request.tee == sim::TEE)?;
         let opened = self.sessions.open(&request.tee);
         let challenge = Challenge { nonce: opened.nonce.clone(), extra_params: Value::String(String::new()) };
@@ -113,13 +107,8 @@ impl Broker {
         };
         let bound =
             report_data(&message.runtime_data, &message.tee_evidence.additional_evidence).map_err(|e| malformed(&e))?;
-        let expected = Expected { report_data: &bound, init_data: init_data.as_ref() };
-        // Sessions are opened for this TEE only.
-        let claims = self
-            .sim_verifier()?
-            .verify(&message.tee_evidence.primary_evidence, &expected)
-            .map_err(|e| refused("EvidenceVerification", e.to_string()))?
-            .into_inner();
+        let expected = Expected { report_data: &bound, init_data: init_data.as_ref(), now: now() };
+        let claims = self.verify(tee, &message.tee_evidence.primary_evidence, &expected)?.into_inner();
         self.check_simulation(claims.simulated)?;
 
         let mut evidence = json!({
@@ -143,6 +132,10 @@ impl Broker {
             })
         };
         let mut input = evidence.clone();
+        // Logs are for policies: a token has no room for them.
+        if let (Some(Value::Object(known)), Value::Object(logs)) = (input.get_mut(tee), &claims.logs) {
+            known.extend(logs.clone());
+        }
         set(&mut input, "init_data_claims", init_claims(usize::MAX));
         set(&mut evidence, "init_data_claims", init_claims(LONGEST_CLAIM));
 
@@ -150,15 +143,6 @@ impl Broker {
         let ear = self.result(vector, evidence, claims.simulated);
         let audit = audit_entry(&ear, &claims, &key, policy_name);
         Ok((ear, audit))
-    }
-
-    fn sim_verifier(&self) -> Result<SimVerifier, ApiError> {
-        let mut verifier = SimVerifier::new();
-        for pem in self.store.platforms(sim::TEE)? {
-            let trusted = PublicKey::from_pem(&pem).and_then(|key| verifier.trust(key));
-            trusted.map_err(crate::BrokerError::from)?;
-        }
-        Ok(verifier)
     }
 
     fn trust(&self, input: Value) -> Result<(TrustVector, String), ApiError> {

@@ -49,6 +49,7 @@ pub struct Broker {
     pub(crate) keys: Keys,
     pub(crate) store: Store,
     pub(crate) sessions: Sessions,
+    pub(crate) verifiers: nacre_verify::Verifiers,
     dir: PathBuf,
     refusals: Mutex<Refusals>,
 }
@@ -101,7 +102,8 @@ impl Broker {
         let lifetime = Duration::from_secs(settings.session_lifetime_seconds.into());
         let sessions = Sessions::new(lifetime, settings.most_sessions);
         let refusals = Mutex::new(Refusals { since: Instant::now(), count: 0, suppressed: 0 });
-        Ok(Self { settings, keys, store, sessions, dir: dir.to_owned(), refusals })
+        let verifiers = crate::verifiers::open(dir)?;
+        Ok(Self { settings, keys, store, sessions, verifiers, dir: dir.to_owned(), refusals })
     }
 
     /// The settings.

@@ -6,6 +6,7 @@
 //! | `files` | its directory: keys, certificate, settings, database |
 //! | `store` | the database: sealed resources, policies, reference values, platforms, the audit log |
 //! | `policy` | Rego, bounded in time, denying by default |
+//! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
 //! | `sessions` | nonces that work once |
 //! | `admin` | the administrator's tokens |
 //! | [`server`] | the HTTP service under `/kbs/v0` |
@@ -28,6 +29,7 @@ mod release;
 pub mod server;
 mod sessions;
 mod store;
+mod verifiers;
 
 pub use admin::admin_token;
 pub use admin_client::{AdminClient, ResourceScope};
@@ -36,3 +38,4 @@ pub use error::{ApiError, BrokerError};
 pub use files::Settings;
 pub use server::{Handle, Transport, serve};
 pub use store::{AuditEntry, ReferenceValue};
+pub use verifiers::collateral_dir;

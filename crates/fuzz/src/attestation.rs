@@ -22,7 +22,7 @@ pub(crate) fn broker(bytes: &[u8]) {
         return;
     };
     let init_data = attestation.init_data.and_then(|message| InitData::parse(&message.body).ok());
-    let expected = Expected { report_data: &report_data, init_data: init_data.as_ref() };
+    let expected = Expected { report_data: &report_data, init_data: init_data.as_ref(), now: 0 };
     let mut verifier = SimVerifier::new();
     if let Some(key) = key() {
         let _ = verifier.trust(key);
