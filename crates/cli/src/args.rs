@@ -462,6 +462,9 @@ pub(crate) enum BrokerCommand {
         #[command(flatten)]
         at: BrokerAt,
     },
+    /// What vendors of TEEs publish and verifiers need: certificates, revocation lists, TCB info
+    #[command(subcommand)]
+    Collateral(CollateralCommand),
     /// Print a token for an administrator's own HTTP calls, good for ten minutes
     Token {
         #[command(flatten)]
@@ -616,6 +619,16 @@ pub(crate) enum AttestCommand {
         #[command(flatten)]
         broker: BrokerArgs,
     },
+    /// Verify evidence of any TEE, offline; prints what it says, and ends with 3 where it does not hold
+    Verify(EvidenceArgs),
+    /// Print an event log: firmware's (CCEL, binary_bios_measurements) with what was added at run time; verifies nothing
+    Log {
+        /// The log
+        file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Make a platform key for simulated TEEs; prints the public key, which brokers are told to trust
     SimKey {
         /// The file for the private key
@@ -630,5 +643,74 @@ pub(crate) enum AttestCommand {
     InitData {
         /// The init data
         file: PathBuf,
+    },
+}
+
+/// A kind of TEE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TeeName {
+    /// AMD SEV-SNP
+    Snp,
+    /// Intel TDX
+    Tdx,
+    /// Intel SGX, by DCAP
+    Sgx,
+    /// A TPM 2.0
+    Tpm,
+    /// A simulated one
+    Sim,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvidenceArgs {
+    /// What it is evidence of
+    #[arg(long)]
+    pub(crate) tee: TeeName,
+    /// The evidence: a report or quote as the hardware makes it, or the JSON that guests send
+    #[arg(long, value_name = "FILE")]
+    pub(crate) quote: PathBuf,
+    /// What the vendor publishes for it: VCEK or VLEK, revocation lists, DCAP collateral; of simulated ones, the platform's public key;
+    /// may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub(crate) collateral: Vec<PathBuf>,
+    /// A directory that broker collateral import filled
+    #[arg(long, value_name = "DIR")]
+    pub(crate) collateral_dir: Option<PathBuf>,
+    /// The time that validity is judged by [default: now]
+    #[arg(long, value_name = "RFC3339")]
+    pub(crate) time: Option<String>,
+    /// Rules that differ from the strict defaults, TOML as in a broker's verify.toml
+    #[arg(long, value_name = "FILE")]
+    pub(crate) rules: Option<PathBuf>,
+    /// An event log, which has to give what the quote has
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+    /// Up to 64 bytes that it has to be bound to, in hex
+    #[arg(long, value_name = "HEX")]
+    pub(crate) report_data: Option<String>,
+    /// The init data that it has to be bound to
+    #[arg(long, value_name = "FILE")]
+    pub(crate) init_data: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CollateralCommand {
+    /// Put downloaded files into a broker's cache, also while it runs; what they are is recognised
+    Import {
+        /// The files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The broker's directory
+        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
+        dir: PathBuf,
+    },
+    /// List what is in a broker's cache, and until when it is good
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The broker's directory
+        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
+        dir: PathBuf,
     },
 }

@@ -1,7 +1,7 @@
 //! Exit codes: from the error that happened to the number that scripts act on.
 
 use nacre_anchor::SpecError;
-use nacre_attest::client::ClientError;
+use nacre_attest::{client::ClientError, eventlog::LogError, evidence::EvidenceError};
 use nacre_broker::BrokerError;
 use nacre_core::{AnchorError, BlockError, KeySourceError, UriError};
 use nacre_disk::DiskError;
@@ -25,6 +25,7 @@ use nacre_oci::{
     source::TransportError,
     trust::TrustError,
 };
+use nacre_verify::{CacheError, ImportError};
 
 use crate::{
     commands::disk::{self, Refused},
@@ -54,6 +55,19 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             }
             _ => None,
         };
+    }
+    if error.is::<EvidenceError>() || error.is::<LogError>() {
+        return Some(Exit::NotTrusted);
+    }
+    if let Some(error) = error.downcast_ref::<ImportError>() {
+        return Some(match error {
+            ImportError::Unknown(_) => Exit::Usage,
+            ImportError::Older { .. } => Exit::Conflict,
+            ImportError::Cache(_) => Exit::Io,
+        });
+    }
+    if error.is::<CacheError>() {
+        return Some(Exit::Io);
     }
     if let Some(error) = error.downcast_ref::<PullError>() {
         return match error {

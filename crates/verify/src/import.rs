@@ -5,7 +5,9 @@
 //! | certificate (DER, PEM) of a VCEK or VLEK | `snp/…/vcek/…`, `snp/…/vlek/…` |
 //! | revocation list (DER, PEM) of an ARK, of Intel's root, of a PCK CA | `snp/…/crl`, `dcap/crl/…` |
 //! | JSON with all collateral of a quote, as DCAP tools give it (`tcb_info`, `qe_identity`, their issuer chains and signatures, `pck_crl`, `root_ca_crl`) | TCB info, QE identity, two revocation lists |
-//! | JSON of Intel's service (`{"tcbInfo", "signature"}`, `{"enclaveIdentity", "signature"}`) | TCB info, QE identity; the issuer chain, which the service sends in a header, is that of another entry in the cache |
+//! | JSON of Intel's service (`{"tcbInfo", "signature"}`, `{"enclaveIdentity", "signature"}`) | TCB info, QE identity; the issuer chain, which the service sends in a header, is that of the newest other entry in the cache, or Intel's of 2025 |
+//!
+//! Certificates of authorities, as chains have them, are passed over: a verifier has its own.
 //!
 //! An import takes apart, and verifies nothing: whatever is in the cache is verified with each use. What is older than what is there is
 //! not taken, so that an import cannot bring back what was replaced.
@@ -20,7 +22,7 @@ use crate::{
         tcb::unhex,
     },
     snp,
-    x509::{Cert, Crl, date},
+    x509::{Cert, CertError, Crl, date},
 };
 
 /// What was not imported, and why.
@@ -31,11 +33,6 @@ pub enum ImportError {
         "it is no collateral: {0}; VCEKs, VLEKs, revocation lists of AMD and Intel, and JSON of DCAP collateral are"
     )]
     Unknown(String),
-    /// The JSON of Intel's service lacks the chain.
-    #[error(
-        "it has no issuer chain, and there is none in the cache: import the collateral of any quote first, or one JSON with 'tcb_info_issuer_chain'"
-    )]
-    NoChain,
     /// What is there is newer.
     #[error("'{name}' of {there} is in the cache already, and this is of {new}")]
     Older {
@@ -100,8 +97,11 @@ pub fn import(cache: &Cache, bytes: &[u8]) -> Result<Vec<Entry>, ImportError> {
     }
     let found = match bytes.trim_ascii_start().first() {
         Some(b'{') => json(cache, bytes)?,
-        _ => match Cert::from_any(bytes) {
-            Ok(cert) => vec![certificate(&cert)?],
+        _ => match certificates(bytes) {
+            Ok(certs) if !certs.is_empty() => {
+                certs.iter().filter_map(|cert| certificate(cert).transpose()).collect::<Result<_, _>>()?
+            }
+            Ok(_) => vec![list(bytes)?],
             Err(no_cert) => vec![list(bytes).map_err(|no_list| unknown(format!("{no_cert}; {no_list}")))?],
         },
     };
@@ -133,11 +133,21 @@ pub fn entries(cache: &Cache) -> Result<Vec<Entry>, CacheError> {
     Ok(entries)
 }
 
-fn certificate(cert: &Cert) -> Result<(String, Vec<u8>), ImportError> {
-    let name = snp::cache_name_of(cert);
-    let name =
-        name.ok_or_else(|| unknown(format!("{}, issued by {}, is no VCEK or VLEK", cert.name(), cert.issuer())))?;
-    Ok((name, cert.der().to_vec()))
+/// One certificate in DER, or those of a PEM text.
+fn certificates(bytes: &[u8]) -> Result<Vec<Cert>, CertError> {
+    match bytes.first() {
+        Some(0x30) => Ok(vec![Cert::from_der(bytes)?]),
+        _ => Cert::chain(bytes),
+    }
+}
+
+/// The entry of a VCEK or VLEK; `None` for an authority.
+fn certificate(cert: &Cert) -> Result<Option<(String, Vec<u8>)>, ImportError> {
+    match snp::cache_name_of(cert) {
+        Some(name) => Ok(Some((name, cert.der().to_vec()))),
+        None if cert.is_ca() => Ok(None),
+        None => Err(unknown(format!("{}, issued by {}, is no VCEK or VLEK", cert.name(), cert.issuer()))),
+    }
 }
 
 fn list(bytes: &[u8]) -> Result<(String, Vec<u8>), ImportError> {
@@ -173,7 +183,8 @@ fn json(cache: &Cache, bytes: &[u8]) -> Result<Vec<(String, Vec<u8>)>, ImportErr
     Ok(vec![signed_text(chain_of(cache)?, text, served.signature)?])
 }
 
-/// The issuer chain of any signed text in the cache: Intel has one signer at a time.
+/// The issuer chain of any signed text in the cache, since Intel has one signer at a time; else the one of 2025 to 2032, which is
+/// verified as any other.
 fn chain_of(cache: &Cache) -> Result<String, ImportError> {
     let mut newest: Option<(i64, String)> = None;
     for entry in entries(cache)? {
@@ -184,7 +195,7 @@ fn chain_of(cache: &Cache) -> Result<String, ImportError> {
             newest = Some((entry.from, signed.chain));
         }
     }
-    newest.map(|(_, chain)| chain).ok_or(ImportError::NoChain)
+    Ok(newest.map_or_else(|| include_str!("../roots/intel-tcb-signing.pem").to_owned(), |(_, chain)| chain))
 }
 
 fn signed_text(chain: String, text: &str, signature: String) -> Result<(String, Vec<u8>), ImportError> {

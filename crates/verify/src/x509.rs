@@ -253,7 +253,8 @@ impl Cert {
         self.parsed.tbs_certificate.extensions.iter().flatten()
     }
 
-    fn is_ca(&self) -> bool {
+    /// Whether it may issue certificates.
+    pub(crate) fn is_ca(&self) -> bool {
         let constraints = self.extension(BasicConstraints::OID).and_then(|der| BasicConstraints::from_der(der).ok());
         let usage = self.extension(KeyUsage::OID).and_then(|der| KeyUsage::from_der(der).ok());
         constraints.is_some_and(|constraints| constraints.ca)

@@ -12,6 +12,7 @@ use nacre_core::jose::PrivateKey;
 
 use crate::{
     args::{AttestCommand, Global},
+    commands::verify,
     output,
     setup::Setup,
 };
@@ -41,6 +42,8 @@ pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result
             out.sync_all()?;
             Ok(output::line(key.public().to_pem()?.trim_end())?)
         }
+        AttestCommand::Verify(args) => verify::verify(args),
+        AttestCommand::Log { file, json } => verify::log(file, *json),
         AttestCommand::Measure { file } => Ok(output::line(measure(file)?.hex())?),
         AttestCommand::InitData { file } => {
             let digest = read_init_data(file)?.fit::<48>();
@@ -49,12 +52,12 @@ pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result
     }
 }
 
-fn read_init_data(path: &Path) -> anyhow::Result<InitData> {
+pub(crate) fn read_init_data(path: &Path) -> anyhow::Result<InitData> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}: init data", path.display()))?;
     Ok(InitData::parse(&text)?)
 }
 
-fn bytes_of_hex(text: &str) -> anyhow::Result<[u8; 64]> {
+pub(crate) fn bytes_of_hex(text: &str) -> anyhow::Result<[u8; 64]> {
     anyhow::ensure!(
         text.len() <= 128 && text.len().is_multiple_of(2) && text.bytes().all(|digit| digit.is_ascii_hexdigit()),
         "--report-data: up to 64 bytes in hex are expected"

@@ -20,7 +20,8 @@ use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
-    args::{BrokerAt, BrokerCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    args::{BrokerAt, BrokerCommand, CollateralCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    commands::verify,
     exit::Missing,
     output,
 };
@@ -52,6 +53,8 @@ pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
                 Admin::Remote(client) => Ok(client.add_sim_platform_key(&key)?),
             }
         }
+        BrokerCommand::Collateral(CollateralCommand::Import { files, dir }) => verify::import_collateral(dir, files),
+        BrokerCommand::Collateral(CollateralCommand::Ls { json, dir }) => verify::list_collateral(dir, *json),
         BrokerCommand::Token { at } => {
             Ok(output::line(admin_token(&at.admin_key()?, &at.token_key()?, &subject(), TOKEN_SECONDS)?)?)
         }

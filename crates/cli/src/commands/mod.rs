@@ -12,6 +12,7 @@ pub(crate) mod lazy;
 pub(crate) mod mounts;
 pub(crate) mod run;
 pub(crate) mod trace;
+pub(crate) mod verify;
 
 use nacre_guest::store::{RefRecord, Store, StoreError};
 use nacre_oci::reference::Location;
