@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("setcap", "libcap2-bin"),
     ("taskset", "util-linux"),
     ("nbdkit", "nbdkit"),
+    ("pg_ctlcluster", "postgresql"),
     ("swtpm", "swtpm"),
     ("tpm2_nvread", "tpm2-tools"),
     ("mkfs.ext4", "e2fsprogs"),

@@ -11,7 +11,8 @@
 
 use std::fmt;
 
-use nacre_core::{Algorithm, Digest};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use nacre_core::{Algorithm, AnchorState, Digest};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -31,6 +32,14 @@ pub const LONGEST_TOKEN: usize = 1024 * 1024;
 pub const LONGEST_ERROR: usize = 64 * 1024;
 /// The session cookie's name.
 pub const SESSION_COOKIE: &str = "kbs-session-id";
+/// The header that says which version of a resource was released.
+pub const VERSION_HEADER: &str = "nacre-resource-version";
+/// The header with the id of a lease, where a resource is lent.
+pub const LEASE_HEADER: &str = "nacre-lease";
+/// The header with the lease's seconds.
+pub const LEASE_SECONDS_HEADER: &str = "nacre-lease-seconds";
+/// Bytes of the messages about leases and anchors at most.
+pub const LONGEST_STATE: usize = 4096;
 const ERROR_PREFIX: &str = "https://github.com/confidential-containers/kbs/errors/";
 
 /// A message that is none.
@@ -57,6 +66,9 @@ pub enum MessageError {
     /// Another protocol version.
     #[error("protocol version '{0}' is not supported: {VERSION} and any other 0.x from 0.1 on are")]
     Version(String),
+    /// The state of an anchor is none.
+    #[error("malformed anchor: a state is 64 bytes in base64")]
+    Anchor,
     /// The TEE's name is none.
     #[error("'{0}' is not the name of a TEE")]
     Tee(String),
@@ -218,6 +230,91 @@ impl fmt::Debug for TokenReply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("TokenReply(…)")
     }
+}
+
+/// The reply to the renewal of a lease.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct LeaseReply {
+    /// For how long it is good from now on.
+    pub seconds: u32,
+}
+
+impl LeaseReply {
+    /// Reads a reply.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, MessageError> {
+        parse("lease reply", bytes, LONGEST_STATE)
+    }
+}
+
+/// The state of an anchor: base64 of its 64 bytes ([`AnchorState::to_bytes`]), or null where nothing was ever stored.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct AnchorMessage {
+    /// The state.
+    pub state: Option<String>,
+}
+
+fn anchor_state(text: &str) -> Result<AnchorState, MessageError> {
+    let bytes = BASE64_STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+    bytes.map(|bytes| AnchorState::from_bytes(&bytes)).ok_or(MessageError::Anchor)
+}
+
+impl AnchorMessage {
+    /// A message of a state.
+    pub fn of(state: Option<&AnchorState>) -> Self {
+        Self { state: state.map(|state| BASE64_STANDARD.encode(state.to_bytes())) }
+    }
+
+    /// Reads a state.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn parse(bytes: &[u8]) -> Result<Option<AnchorState>, MessageError> {
+        let message: Self = parse("anchor", bytes, LONGEST_STATE)?;
+        message.state.map(|text| anchor_state(&text)).transpose()
+    }
+}
+
+/// Moves an anchor on, from the state that is expected.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdvanceMessage {
+    /// Base64 of the state that is expected; null for an anchor that is new.
+    pub expected: Option<String>,
+    /// Base64 of the state that is to take its place.
+    pub next: String,
+}
+
+impl AdvanceMessage {
+    /// A message of two states.
+    pub fn new(expected: Option<&AnchorState>, next: &AnchorState) -> Self {
+        let text = |state: &AnchorState| BASE64_STANDARD.encode(state.to_bytes());
+        Self { expected: expected.map(text), next: text(next) }
+    }
+
+    /// Reads the two states: what is expected, and what takes its place.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn parse(bytes: &[u8]) -> Result<(Option<AnchorState>, AnchorState), MessageError> {
+        let message: Self = parse("anchor", bytes, LONGEST_STATE)?;
+        let expected = message.expected.map(|text| anchor_state(&text)).transpose()?;
+        Ok((expected, anchor_state(&message.next)?))
+    }
+}
+
+/// An anchor holds something else than was expected.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct AnchorRefusal {
+    /// As [`ErrorBody::kind`].
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// As [`ErrorBody::detail`].
+    pub detail: String,
+    /// What it holds.
+    pub state: Option<String>,
 }
 
 /// What every refusal says.

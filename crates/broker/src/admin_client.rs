@@ -6,10 +6,10 @@ use nacre_core::{
     ResourcePath,
     jose::{PrivateKey, PublicKey, b64},
 };
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use crate::{AuditEntry, admin_token};
+use crate::{Administrator, AuditEntry, AuditHead, Lease, PutOptions, Resource, Revocation, admin_token};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -37,9 +37,17 @@ impl AdminClient {
         Ok(Self { transport: Transport::new(config)?, key, broker, subject: subject.into() })
     }
 
+    /// A token for HTTP calls of one's own, good for a minute.
+    ///
+    /// # Errors
+    /// [`ClientError::Config`] for a key that cannot sign.
+    pub fn token(&self) -> Result<String, ClientError> {
+        admin_token(&self.key, &self.broker, &self.subject, TOKEN_SECONDS)
+            .map_err(|e| ClientError::Config(e.to_string()))
+    }
+
     fn call(&self, step: &'static str, path: &str, call: Call<'_>) -> Result<Vec<u8>, ClientError> {
-        let token = admin_token(&self.key, &self.broker, &self.subject, TOKEN_SECONDS)
-            .map_err(|e| ClientError::Config(e.to_string()))?;
+        let token = self.token()?;
         let reply = self.transport.call(step, path, Credential::Bearer(&token), call, LONGEST)?;
         Ok(accept(step, reply)?.body)
     }
@@ -61,6 +69,134 @@ impl AdminClient {
         self.call("set resource", &format!("/kbs/v0/resource/{path}"), Call::Post(BYTES, value)).map(drop)
     }
 
+    /// Sets a resource of a kind, lent for so long; gives its version.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn put_resource_with(
+        &self,
+        path: &ResourcePath,
+        value: &[u8],
+        options: PutOptions,
+    ) -> Result<u32, ClientError> {
+        let kind = options.kind.map(|kind| format!("kind={}", kind.name()));
+        let lease = options.lease_seconds.map(|seconds| format!("lease={seconds}"));
+        let query: Vec<String> = kind.into_iter().chain(lease).collect();
+        let target = format!("/kbs/v0/resource/{path}?{}", query.join("&"));
+        self.post_for("set resource", &target, Call::Post(BYTES, value), "version")
+    }
+
+    /// Makes a new version of a key; gives its number.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn rotate_resource(&self, path: &ResourcePath) -> Result<u32, ClientError> {
+        let target = format!("/kbs/v0/resource-rotation/{path}");
+        self.post_for("rotate resource", &target, Call::Post(JSON, b"{}"), "version")
+    }
+
+    /// One member of an answer.
+    fn post_for<T: DeserializeOwned>(
+        &self,
+        step: &'static str,
+        path: &str,
+        call: Call<'_>,
+        member: &str,
+    ) -> Result<T, ClientError> {
+        let fail = |why: String| ClientError::Answer { step, why };
+        let body = self.call(step, path, call)?;
+        let mut answer: Value = serde_json::from_slice(&body).map_err(|e| fail(e.to_string()))?;
+        let value = answer.get_mut(member).map(Value::take).unwrap_or_default();
+        serde_json::from_value(value).map_err(|e| fail(format!("{member}: {e}")))
+    }
+
+    /// The leases that there are.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn leases(&self) -> Result<Vec<Lease>, ClientError> {
+        self.get("list leases", "/kbs/v0/leases")
+    }
+
+    /// Revokes leases; gives how many.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn revoke(&self, revocation: &Revocation) -> Result<usize, ClientError> {
+        let body = match revocation {
+            Revocation::Lease(name) => json!({"lease": name}),
+            Revocation::Resource(path) => json!({"resource": path}),
+            Revocation::Measurement(measurement) => json!({"measurement": measurement}),
+        };
+        let call = body.to_string();
+        self.post_for("revoke leases", "/kbs/v0/lease-revocation", Call::Post(JSON, call.as_bytes()), "revoked")
+    }
+
+    /// The anchors of volumes: name, fence, sequence.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn anchors(&self) -> Result<Vec<AnchorInfo>, ClientError> {
+        self.get("list anchors", "/kbs/v0/anchors")
+    }
+
+    /// Removes an anchor by its `repository/name`.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_anchor(&self, name: &str) -> Result<(), ClientError> {
+        self.call("delete anchor", &format!("/kbs/v0/anchor/{name}"), Call::Delete).map(drop)
+    }
+
+    /// The administrators beside the first one.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn admins(&self) -> Result<Vec<Administrator>, ClientError> {
+        self.get("list administrators", "/kbs/v0/admins")
+    }
+
+    /// Lets somebody else administer.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_admin(&self, admin: &Administrator) -> Result<(), ClientError> {
+        self.post("set administrator", "/kbs/v0/admins", &json!(admin))
+    }
+
+    /// Lets somebody administer no more.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_admin(&self, name: &str) -> Result<(), ClientError> {
+        self.call("remove administrator", &format!("/kbs/v0/admins/{name}"), Call::Delete).map(drop)
+    }
+
+    /// Makes a new key sign tokens; gives it, PEM.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn rotate_token_key(&self) -> Result<String, ClientError> {
+        self.post_for("rotate token key", "/kbs/v0/token-key", Call::Post(JSON, b"{}"), "token_key")
+    }
+
+    /// Removes the release policy of exactly a scope.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_resource_policy(&self, scope: &ResourceScope<'_>) -> Result<(), ClientError> {
+        self.call("delete resource policy", &scope.path(), Call::Delete).map(drop)
+    }
+
+    /// The last entry of the audit log, or entry `number`: its number and hash.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn audit_head(&self, number: Option<u64>) -> Result<AuditHead, ClientError> {
+        let query = number.map(|number| format!("?number={number}")).unwrap_or_default();
+        self.get("audit head", &format!("/kbs/v0/audit-head{query}"))
+    }
+
     /// Removes a resource.
     ///
     /// # Errors
@@ -69,11 +205,11 @@ impl AdminClient {
         self.call("delete resource", &format!("/kbs/v0/resource/{path}"), Call::Delete).map(drop)
     }
 
-    /// The paths of all resources.
+    /// What is known of all resources but their values.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn resources(&self) -> Result<Vec<String>, ClientError> {
+    pub fn resources(&self) -> Result<Vec<Resource>, ClientError> {
         self.get("list resources", "/kbs/v0/resources")
     }
 
@@ -146,6 +282,17 @@ impl std::fmt::Debug for AdminClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("AdminClient").field("url", &self.transport.url()).finish_non_exhaustive()
     }
+}
+
+/// How far a volume has come, by its anchor.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+pub struct AnchorInfo {
+    /// `repository/name`.
+    pub name: String,
+    /// Counts who took it over.
+    pub fence: u64,
+    /// Counts what was committed.
+    pub sequence: u64,
 }
 
 /// What a release policy is for. The most specific one decides.

@@ -24,10 +24,13 @@ use crate::{
     ApiError, AuditEntry, Broker,
     admin::now,
     broker::{entry, policy_name},
+    metrics::count,
     policy,
-    sessions::Opened,
+    store::sessions::Opened,
 };
 
+/// Where the token has the measurement, whatever its name in the TEE's claims is.
+pub(crate) const MEASUREMENT: &str = "nacre.measurement";
 /// Init data entries longer than this are in the token only by their digest, so that it fits into a header.
 const LONGEST_CLAIM: usize = 200;
 
@@ -48,7 +51,7 @@ impl Broker {
         let request = Request::parse(body).map_err(|e| malformed(&e))?;
         self.check_tee(&request.tee)?;
         self.check_simulation(request.tee == sim::TEE)?;
-        let opened = self.sessions.open(&request.tee);
+        let opened = self.sessions.open(&request.tee)?;
         let challenge = Challenge { nonce: opened.nonce.clone(), extra_params: Value::String(String::new()) };
         Ok((opened, challenge))
     }
@@ -70,13 +73,17 @@ impl Broker {
         let (tee, nonce) = self.sessions.spend(session)?;
         match self.appraise(&tee, &nonce, body) {
             Ok((ear, audit)) => {
-                let token = ear.issue(&self.keys.token).map_err(|e| refused("TokenIssue", e.to_string()))?;
-                self.store.audit(audit)?;
-                self.sessions.attested(session, Arc::new(ear));
+                let signer = self.store.config()?;
+                let token =
+                    ear.issue(signer.token_keys().signer()).map_err(|e| refused("TokenIssue", e.to_string()))?;
+                self.sessions.attested(session, Arc::new(ear), audit)?;
+                count(&self.metrics.attested);
                 Ok(token)
             }
             Err(error) => {
-                self.sessions.close(session);
+                count(&self.metrics.attestation_refused);
+                // It is spent; that it goes at once only makes room.
+                let _ = self.sessions.close(session);
                 self.audit_refusal(AuditEntry {
                     detail: error.detail.clone(),
                     simulated: tee == sim::TEE,
@@ -116,6 +123,7 @@ impl Broker {
             "report_data": claims.report_data,
             "runtime_data_claims": message.runtime_data,
             "init_data": claims.init_data,
+            MEASUREMENT: claims.measurement,
         });
         let init_claims = |longest: usize| {
             init_data.as_ref().map(|init| {
@@ -148,15 +156,14 @@ impl Broker {
     fn trust(&self, input: Value) -> Result<(TrustVector, String), ApiError> {
         let refuse =
             |why: String| refused("PolicyEngineError", format!("attestation policy {}: {why}", policy::DEFAULT_CPU));
-        let text = self
-            .store
-            .policy(&format!("attestation/{}", policy::DEFAULT_CPU))?
+        let config = self.store.config()?;
+        let policy = config
+            .policy(&format!("attestation/{}", policy::DEFAULT_CPU))
             .ok_or_else(|| refuse("there is none".into()))?;
-        let references = self.store.references()?;
-        let claims = policy::evaluate(&text, policy::TRUST_CLAIMS, input, None, references).map_err(refuse)?;
+        let claims = policy.evaluate(policy::TRUST_CLAIMS, input, None, config.references()).map_err(refuse)?;
         let claims = serde_json::from_value(claims).map_err(|e| refuse(format!("trust_claims: {e}")))?;
         let vector = TrustVector::new(claims).map_err(|name| refuse(format!("'{name:.40}' is no trust claim")))?;
-        Ok((vector, policy_name(policy::DEFAULT_CPU, &text)))
+        Ok((vector, policy_name(policy::DEFAULT_CPU, policy.text())))
     }
 
     fn result(&self, vector: TrustVector, evidence: Value, simulated: bool) -> Ear {

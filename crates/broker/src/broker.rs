@@ -3,8 +3,8 @@
 use std::{
     fmt,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::Arc,
+    time::Duration,
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -17,12 +17,16 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    AuditEntry, BrokerError, ReferenceValue, Settings,
+    AuditEntry, BrokerError, PutOptions, ReferenceValue, Settings,
     admin::now,
-    files::{self, Keys},
+    files::{self, Keys, OpenMaster},
+    metrics::Metrics,
     policy,
-    sessions::Sessions,
-    store::Store,
+    storage::{
+        embedded::Embedded,
+        postgres::{Address, Postgres},
+    },
+    store::{Store, sessions::Sessions},
 };
 
 /// Bytes of a resource at most.
@@ -32,7 +36,7 @@ const MOST_VALUES: usize = 1024;
 /// A reference value without an end of its own ends after a year.
 const REFERENCE_LIFETIME: i64 = 365 * 86_400;
 /// The actor of changes that are made without HTTP, by whoever can open the directory.
-const LOCAL: &str = "local";
+pub(crate) const LOCAL: &str = "local";
 
 /// How a new broker is made.
 #[derive(Clone, Debug, Default)]
@@ -47,32 +51,30 @@ pub struct InitOptions {
 pub struct Broker {
     pub(crate) settings: Settings,
     pub(crate) keys: Keys,
-    pub(crate) store: Store,
+    pub(crate) store: Arc<Store>,
     pub(crate) sessions: Sessions,
     pub(crate) verifiers: nacre_verify::Verifiers,
-    dir: PathBuf,
-    refusals: Mutex<Refusals>,
+    pub(crate) metrics: Metrics,
+    pub(crate) dir: PathBuf,
 }
-
-/// Refusals that anybody can cause are logged only so often, so that nobody can fill the disk with them.
-struct Refusals {
-    since: Instant,
-    count: u32,
-    suppressed: u64,
-}
-
-const MOST_REFUSALS: u32 = 120;
-const REFUSALS_PER: Duration = Duration::from_secs(60);
 
 impl Broker {
-    /// Makes a broker in an empty or new directory: keys, certificate, database, default policies.
+    /// Makes a broker in an empty or new directory: keys, certificate, database, default policies. Its master key is in a file.
     ///
     /// # Errors
     /// [`BrokerError`], [`BrokerError::Exists`] among them.
     pub fn init(dir: &Path, options: &InitOptions) -> Result<Self, BrokerError> {
-        files::create(dir, &options.names)?;
-        let keys = files::read_keys(dir)?;
-        let store = Store::create(&dir.join(files::DATABASE), &keys.master)?;
+        Self::init_with(dir, options, &files::only_files)
+    }
+
+    /// [`init`](Self::init) with other master keys than files: `masters` opens what the settings name.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn init_with(dir: &Path, options: &InitOptions, masters: &OpenMaster<'_>) -> Result<Self, BrokerError> {
+        files::check_settings(&options.settings).map_err(BrokerError::Invalid)?;
+        files::create(dir, &options.names, &options.settings)?;
+        let store = open_store(dir, &options.settings, masters, true)?;
         for (event, key, id, text) in [
             ("attestation policy set", "attestation/default_cpu", policy::DEFAULT_CPU, policy::DEFAULT_CPU_TEXT),
             ("resource policy set", "resource", "", policy::DEFAULT_RESOURCE_TEXT),
@@ -80,30 +82,40 @@ impl Broker {
             store.set_policy(key, text, policy_entry(event, LOCAL, id, text))?;
         }
         files::write_settings(dir, &options.settings)?;
-        Self::assemble(dir, keys, store)
+        Self::assemble(dir, store)
     }
 
-    /// Opens a broker. Only one process can have it open.
+    /// Opens a broker. Of an embedded one, only one process can have it open.
     ///
     /// # Errors
     /// [`BrokerError`].
     pub fn open(dir: &Path) -> Result<Self, BrokerError> {
-        files::read_settings(dir)?;
-        let keys = files::read_keys(dir)?;
-        let store = Store::open(&dir.join(files::DATABASE), &keys.master)?;
-        Self::assemble(dir, keys, store)
+        Self::open_with(dir, &files::only_files)
     }
 
-    fn assemble(dir: &Path, keys: Keys, store: Store) -> Result<Self, BrokerError> {
-        let settings = files::read_settings(dir)?;
+    /// [`open`](Self::open) with other master keys than files.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn open_with(dir: &Path, masters: &OpenMaster<'_>) -> Result<Self, BrokerError> {
+        let store = open_store(dir, &files::read_settings(dir)?, masters, false)?;
+        Self::assemble(dir, store)
+    }
+
+    fn assemble(dir: &Path, store: Store) -> Result<Self, BrokerError> {
+        let (settings, mut keys) = (files::read_settings(dir)?, files::read_keys(dir)?);
         if settings.allow_simulated {
             tracing::warn!("this broker releases resources to guests that only simulate a TEE (allow_simulated)");
         }
         let lifetime = Duration::from_secs(settings.session_lifetime_seconds.into());
-        let sessions = Sessions::new(lifetime, settings.most_sessions);
-        let refusals = Mutex::new(Refusals { since: Instant::now(), count: 0, suppressed: 0 });
+        let store = Arc::new(store);
+        if let Some(key) = keys.first_token.take() {
+            store.keep_token_key(key)?;
+            files::remove_token_key(dir)?;
+        }
+        let sessions = Sessions::new(store.clone(), lifetime, settings.most_sessions);
         let verifiers = crate::verifiers::open(dir)?;
-        Ok(Self { settings, keys, store, sessions, verifiers, dir: dir.to_owned(), refusals })
+        Ok(Self { settings, keys, store, sessions, verifiers, metrics: Metrics::default(), dir: dir.to_owned() })
     }
 
     /// The settings.
@@ -118,7 +130,7 @@ impl Broker {
 
     /// The public key that tokens are signed with: guests pin it too.
     pub fn token_key(&self) -> PublicKey {
-        self.keys.token.public()
+        self.keys.token.clone()
     }
 
     /// Reads the administrator's private key, while it still lies where `init` put it.
@@ -138,17 +150,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn put_resource(&self, path: &ResourcePath, value: &[u8]) -> Result<(), BrokerError> {
-        self.put_resource_as(LOCAL, path, value)
-    }
-
-    pub(crate) fn put_resource_as(&self, actor: &str, path: &ResourcePath, value: &[u8]) -> Result<(), BrokerError> {
-        if value.len() > LONGEST_RESOURCE {
-            return Err(BrokerError::Invalid(format!(
-                "resource of {} bytes: at most {LONGEST_RESOURCE} are kept",
-                value.len()
-            )));
-        }
-        self.store.put_resource(path, value, entry("resource set", actor, path.to_string()))
+        self.put_resource_as(LOCAL, path, value, PutOptions::default()).map(drop)
     }
 
     /// Removes a resource; says whether there was one.
@@ -168,7 +170,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn resources(&self) -> Result<Vec<String>, BrokerError> {
-        self.store.resources()
+        Ok(self.store.resources("")?.into_iter().map(|resource| resource.path).collect())
     }
 
     /// Sets an appraisal policy; `default_cpu` is the one that is used.
@@ -216,7 +218,8 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn resource_policy(&self, scope: &str) -> Result<Option<String>, BrokerError> {
-        self.store.policy(&resource_policy_key(scope)?)
+        let key = resource_policy_key(scope)?;
+        Ok(self.store.config()?.policy(&key).map(|policy| policy.text().to_owned()))
     }
 
     /// Sets a reference value; it ends after a year where no end (seconds since 1970) is given.
@@ -272,7 +275,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn reference_value(&self, id: &str) -> Result<Option<ReferenceValue>, BrokerError> {
-        Ok(self.store.references()?.remove(id))
+        Ok(self.store.config()?.reference(id).cloned())
     }
 
     /// Trusts a simulated platform. Its guests still get nothing while the settings do not allow simulation.
@@ -299,7 +302,7 @@ impl Broker {
     }
 
     /// Logs a refusal, as long as there are not too many.
-    pub(crate) fn audit_refusal(&self, mut entry: AuditEntry) {
+    pub(crate) fn audit_refusal(&self, entry: AuditEntry) {
         tracing::warn!(
             event = entry.event,
             actor = entry.actor,
@@ -307,25 +310,65 @@ impl Broker {
             detail = entry.detail,
             "refused"
         );
-        {
-            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-            if refusals.since.elapsed() >= REFUSALS_PER {
-                refusals.since = Instant::now();
-                refusals.count = 0;
-            }
-            if refusals.count >= MOST_REFUSALS {
-                refusals.suppressed += 1;
-                return;
-            }
-            refusals.count += 1;
-            let suppressed = std::mem::take(&mut refusals.suppressed);
-            if suppressed > 0 {
-                entry.detail = format!("{} ({suppressed} refusals before this one were not logged)", entry.detail);
-            }
-        }
-        if let Err(error) = self.store.audit(entry) {
+        if let Err(error) = self.store.audit_refusal(entry) {
             tracing::error!(%error, "a refusal could not be logged");
         }
+    }
+
+    /// The names of the master keys that open the database.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn masters(&self) -> Result<Vec<String>, BrokerError> {
+        self.store.masters()
+    }
+
+    /// The name of the master key that this broker was opened with.
+    pub fn master_in_use(&self) -> String {
+        self.store.master_id()
+    }
+
+    /// Seals by another master key (`file:PATH`, made where it is not there, or what `masters` opens) and names it in the settings. The old
+    /// one opens nothing any more, unless it is kept for replicas that still have it. With `reseal`, every record is sealed anew, too.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; a rotation that failed leaves a broker that opens with the old or with both.
+    pub fn rotate_master(
+        &self,
+        name: &str,
+        masters: &OpenMaster<'_>,
+        keep_old: bool,
+        reseal: bool,
+    ) -> Result<(), BrokerError> {
+        let settings = Settings { master_key: name.to_owned(), ..self.settings.clone() };
+        files::make_master(&self.dir, &settings)?;
+        let (old, new) = (self.store.master_id(), files::open_master(&self.dir, &settings, masters)?);
+        if new.id() == old {
+            return Err(BrokerError::Invalid(format!("{} is the master key that is in use", new.describe())));
+        }
+        self.store.add_master(&new, entry("master key added", LOCAL, new.id()))?;
+        // Both open the database until the settings name the new one.
+        files::replace_setting(&self.dir, "master_key", name)?;
+        if !keep_old {
+            self.store.remove_master(&old, entry("master key forgotten", LOCAL, old.clone()))?;
+        }
+        if reseal {
+            self.store.new_data_key(entry("records sealed anew", LOCAL, String::new()))?;
+        }
+        Ok(())
+    }
+
+    /// Lets a master key open the database no more.
+    ///
+    /// # Errors
+    /// [`BrokerError::Invalid`] for the one in use, and for one that opens nothing.
+    pub fn forget_master(&self, name: &str) -> Result<(), BrokerError> {
+        self.store.remove_master(name, entry("master key forgotten", LOCAL, name.to_owned()))
+    }
+
+    /// Where the database is, for people.
+    pub fn database(&self) -> String {
+        self.store.describe()
     }
 
     /// A resource as it is, for whoever has the broker's directory: not how guests get it.
@@ -333,7 +376,21 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn resource(&self, path: &ResourcePath) -> Result<Option<SecretBytes>, BrokerError> {
-        self.store.resource(path)
+        Ok(self.store.resource(path, None)?.map(|(_, value)| value))
+    }
+}
+
+fn open_store(dir: &Path, settings: &Settings, masters: &OpenMaster<'_>, new: bool) -> Result<Store, BrokerError> {
+    let master = files::open_master(dir, settings, masters)?;
+    match &settings.database {
+        Some(url) => {
+            let file = |name: &Option<PathBuf>| name.as_ref().map(|name| dir.join(name));
+            let (password, ca) = (file(&settings.database_password_file), file(&settings.database_ca));
+            let address = Address::parse(url, password.as_ref(), ca.as_ref())?;
+            Store::open(Postgres::open(address)?, master)
+        }
+        None if new => Store::open(Embedded::create(&dir.join(files::DATABASE))?, master),
+        None => Store::open(Embedded::open(&dir.join(files::DATABASE))?, master),
     }
 }
 
@@ -366,7 +423,7 @@ pub(crate) fn policy_name(id: &str, text: &str) -> String {
     format!("{}@{}", if id.is_empty() { "default" } else { id }, Digest::sha256(text.as_bytes()).short())
 }
 
-fn resource_policy_key(scope: &str) -> Result<String, BrokerError> {
+pub(crate) fn resource_policy_key(scope: &str) -> Result<String, BrokerError> {
     if scope.is_empty() {
         return Ok("resource".into());
     }

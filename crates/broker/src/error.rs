@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use nacre_attest::rcar::ErrorBody;
 
+use crate::{master::MasterKeyError, storage::StorageError};
+
 /// The broker cannot start, or cannot keep what it was given.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
@@ -27,18 +29,26 @@ pub enum BrokerError {
     #[error("broker: '{path}' is not empty: open it, or give another directory", path = .0.display())]
     Exists(PathBuf),
     /// The database.
-    #[error("broker database, {doing}: {source}")]
-    Database {
-        /// What was tried.
-        doing: &'static str,
-        /// Why it failed.
-        source: Box<redb::Error>,
+    #[error(transparent)]
+    Storage(StorageError),
+    /// The master key.
+    #[error("master key: {0}")]
+    Master(MasterKeyError),
+    /// The database belongs to brokers with another master key.
+    #[error(
+        "the database was sealed by other master keys ({others}) and not by {ours}: give the broker its own master key, or its own database"
+    )]
+    OtherMasterKey {
+        /// The one that was tried.
+        ours: String,
+        /// Those that open it.
+        others: String,
     },
     /// A broker runs on this directory.
     #[error("broker: a broker is running on '{path}': administer it by its address (--url)", path = .0.display())]
     Running(PathBuf),
-    /// A sealed resource does not open.
-    #[error("resource {0} does not open with this broker's master key: the database or master.key was exchanged")]
+    /// A sealed record does not open.
+    #[error("{0} does not open with this broker's keys: whoever can write to the database changed or moved it")]
     Sealed(String),
     /// A record is not what was written.
     #[error("broker database: {what} is damaged: {why}")]
@@ -103,6 +113,14 @@ impl From<BrokerError> for ApiError {
         match error {
             BrokerError::Policy(why) => Self::new(400, "ParsePolicyError", why),
             BrokerError::Invalid(why) => Self::bad_request(why),
+            BrokerError::Storage(error) => {
+                tracing::error!(%error, "broker failure");
+                let (status, what) = match error {
+                    StorageError::Full { .. } => (507, "the broker's disk is full: nothing of this was kept"),
+                    _ => (503, "the broker's database does not answer: try again"),
+                };
+                Self::new(status, "StorageError", what)
+            }
             error => {
                 tracing::error!(%error, "broker failure");
                 Self::new(500, "InternalError", "the broker failed; its log says why")

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! broker.toml    settings
-//! broker.redb    the database
+//! broker.redb    the database, unless it is elsewhere
 //! master.key     32 bytes that seal the resources          0600
-//! token.key      EC P-256, signs attestation tokens        0600      token.pub   its public key
+//! token.pub      who signs attestation tokens: what guests pin; the private half is in the database
 //! tls.key        EC P-256                                  0600      tls.crt     its self-signed certificate: what guests pin
 //! admin.key      EC P-256, the administrator's: move it away  0600   admin.pub   what the broker knows of it
 //! ```
@@ -16,6 +16,7 @@ use std::{
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use nacre_core::{
@@ -25,7 +26,7 @@ use nacre_core::{
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::BrokerError;
+use crate::{BrokerError, MasterKey, master::FileKey};
 
 pub(crate) const DATABASE: &str = "broker.redb";
 pub(crate) const SETTINGS: &str = "broker.toml";
@@ -51,6 +52,23 @@ pub struct Settings {
     pub session_lifetime_seconds: u32,
     /// Sessions at a time; the oldest goes when there are more.
     pub most_sessions: usize,
+    /// Calls of one address a second; 0: any number.
+    pub calls_per_second: u32,
+    /// Calls that are worked on at a time; more are told to come back.
+    pub most_calls: usize,
+    /// Versions of a resource that are kept, the current one among them.
+    pub resource_versions: usize,
+    /// Where the master key is: `file:PATH`, `pkcs11:…`, `tpm:…`. Paths are relative to the directory.
+    pub master_key: String,
+    /// The database that replicas share, `postgresql://…`; a file of the directory where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
+    /// The file with the database's password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub database_password_file: Option<PathBuf>,
+    /// The file with the certificates of who signs the database's; the system's roots where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub database_ca: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -61,14 +79,23 @@ impl Default for Settings {
             token_lifetime_seconds: 300,
             session_lifetime_seconds: 300,
             most_sessions: 10_000,
+            calls_per_second: 200,
+            most_calls: 64,
+            resource_versions: 3,
+            master_key: format!("file:{MASTER}"),
+            database: None,
+            database_password_file: None,
+            database_ca: None,
         }
     }
 }
 
 /// The keys that a running broker holds. The administrator's private key is not among them.
 pub(crate) struct Keys {
-    pub(crate) master: SecretArray<32>,
-    pub(crate) token: PrivateKey,
+    /// What guests pin: the public key of who signed tokens when the directory was made, or since the last rotation here.
+    pub(crate) token: PublicKey,
+    /// The private half, in a directory of format 1, or one that is new.
+    pub(crate) first_token: Option<PrivateKey>,
     pub(crate) admin: PublicKey,
     pub(crate) tls_key_pem: Zeroizing<String>,
     pub(crate) tls_cert_pem: String,
@@ -100,13 +127,79 @@ fn text(path: PathBuf, bytes: &[u8]) -> Result<String, BrokerError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| BrokerError::BadFile { path, why: "not a text".into() })
 }
 
+/// Opens a master key by its name in the settings.
+pub type OpenMaster<'a> = dyn Fn(&str) -> Result<Arc<dyn MasterKey>, BrokerError> + 'a;
+
+/// No other master keys than files.
+pub(crate) fn only_files(name: &str) -> Result<Arc<dyn MasterKey>, BrokerError> {
+    Err(BrokerError::Invalid(format!("master_key = '{name:.100}': this program reads file:PATH only")))
+}
+
+/// Opens the master key that the settings name.
+pub(crate) fn open_master(
+    dir: &Path,
+    settings: &Settings,
+    masters: &OpenMaster<'_>,
+) -> Result<Arc<dyn MasterKey>, BrokerError> {
+    let Some(name) = settings.master_key.strip_prefix("file:") else { return masters(&settings.master_key) };
+    let (path, master) = read(dir, name)?;
+    let key = SecretArray::try_fill(|slot| {
+        if master.len() != slot.len() {
+            let why = format!("{} bytes instead of 32", master.len());
+            return Err(BrokerError::BadFile { path: path.clone(), why });
+        }
+        slot.copy_from_slice(&master);
+        Ok(())
+    })?;
+    Ok(Arc::new(FileKey::new(path, &key)))
+}
+
+/// Makes the file of a master key, where it is one and not there yet.
+pub(crate) fn make_master(dir: &Path, settings: &Settings) -> Result<(), BrokerError> {
+    match settings.master_key.strip_prefix("file:") {
+        Some(name) if !dir.join(name).exists() => write(dir, name, SecretArray::<32>::random().expose(), true),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the first token key, which the database has by now.
+pub(crate) fn remove_token_key(dir: &Path) -> Result<(), BrokerError> {
+    let path = dir.join(TOKEN_KEY);
+    fs::remove_file(&path).map_err(io(&path))
+}
+
+/// Writes what guests pin from now on.
+pub(crate) fn write_token_key(dir: &Path, key: &PublicKey) -> Result<(), BrokerError> {
+    replace(dir, TOKEN_PUB, key.to_pem()?.as_bytes())
+}
+
+fn replace(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), BrokerError> {
+    let (path, new) = (dir.join(name), format!("{name}.new"));
+    let _ = fs::remove_file(dir.join(&new)); // of a try that was cut
+    write(dir, &new, bytes, false)?;
+    fs::rename(dir.join(&new), &path).map_err(io(&path))?;
+    fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))
+}
+
+/// Writes another value of a setting that is a text, and leaves everything else of the file as it is.
+pub(crate) fn replace_setting(dir: &Path, name: &str, value: &str) -> Result<(), BrokerError> {
+    let (path, bytes) = read(dir, SETTINGS)?;
+    let text = text(path, &bytes)?;
+    let line = format!("{name} = {}", toml::Value::String(value.to_owned()));
+    let is_it =
+        |text: &&str| text.trim_start().strip_prefix(name).is_some_and(|rest| rest.trim_start().starts_with('='));
+    let mut lines: Vec<&str> = text.lines().filter(|text| !is_it(text)).collect();
+    lines.insert(0, &line);
+    replace(dir, SETTINGS, (lines.join("\n") + "\n").as_bytes())
+}
+
 /// Makes the directory and its keys. `names` are the host names and addresses that the certificate is for.
-pub(crate) fn create(dir: &Path, names: &[String]) -> Result<(), BrokerError> {
+pub(crate) fn create(dir: &Path, names: &[String], settings: &Settings) -> Result<(), BrokerError> {
     fs::create_dir_all(dir).map_err(io(dir))?;
     if fs::read_dir(dir).map_err(io(dir))?.next().is_some() {
         return Err(BrokerError::Exists(dir.to_owned()));
     }
-    write(dir, MASTER, SecretArray::<32>::random().expose(), true)?;
+    make_master(dir, settings)?;
     for (private, public) in [(TOKEN_KEY, TOKEN_PUB), (ADMIN_KEY, ADMIN_PUB)] {
         let key = PrivateKey::generate_p256();
         write(dir, private, key.to_pkcs8_pem()?.as_bytes(), true)?;
@@ -148,34 +241,44 @@ pub(crate) fn read_settings(dir: &Path) -> Result<Settings, BrokerError> {
     let text = text(path.clone(), &bytes)?;
     let settings: Settings =
         toml::from_str(&text).map_err(|e| BrokerError::BadFile { path: path.clone(), why: e.to_string() })?;
+    match check_settings(&settings) {
+        Err(why) => Err(BrokerError::BadFile { path, why }),
+        Ok(()) => Ok(settings),
+    }
+}
+
+/// Says which setting cannot be.
+pub(crate) fn check_settings(settings: &Settings) -> Result<(), String> {
     let bounds = [
         ("token_lifetime_seconds", (1..=86_400).contains(&settings.token_lifetime_seconds)),
         ("session_lifetime_seconds", (1..=86_400).contains(&settings.session_lifetime_seconds)),
         ("most_sessions", (1..=1_000_000).contains(&settings.most_sessions)),
+        ("calls_per_second", settings.calls_per_second <= 1_000_000),
+        ("most_calls", (1..=1024).contains(&settings.most_calls)),
+        ("resource_versions", (1..=1000).contains(&settings.resource_versions)),
     ];
     match bounds.iter().find(|(_, fine)| !fine) {
-        Some((name, _)) => Err(BrokerError::BadFile { path, why: format!("{name} is out of range") }),
-        None => Ok(settings),
+        Some((name, _)) => Err(format!("{name} is out of range")),
+        None => Ok(()),
     }
 }
 
 pub(crate) fn read_keys(dir: &Path) -> Result<Keys, BrokerError> {
-    let (path, master) = read(dir, MASTER)?;
-    let master = SecretArray::try_fill(|slot| {
-        if master.len() != slot.len() {
-            return Err(BrokerError::BadFile { path, why: format!("{} bytes instead of 32", master.len()) });
-        }
-        slot.copy_from_slice(&master);
-        Ok(())
-    })?;
     let bad_key =
         |path: PathBuf| move |e: nacre_core::jose::JoseError| BrokerError::BadFile { path, why: e.to_string() };
-    let (path, token) = read(dir, TOKEN_KEY)?;
-    let token = PrivateKey::from_bytes(&token).map_err(bad_key(path))?;
+    let (path, token) = read(dir, TOKEN_PUB)?;
+    let token = PublicKey::from_bytes(&token).map_err(bad_key(path))?;
+    let first_token = match dir.join(TOKEN_KEY).exists() {
+        false => None,
+        true => {
+            let (path, key) = read(dir, TOKEN_KEY)?;
+            Some(PrivateKey::from_bytes(&key).map_err(bad_key(path))?)
+        }
+    };
     let (path, admin) = read(dir, ADMIN_PUB)?;
     let admin = PublicKey::from_bytes(&admin).map_err(bad_key(path))?;
     let (path, key) = read(dir, TLS_KEY)?;
     let tls_key_pem = Zeroizing::new(text(path, &key)?);
     let (path, certificate) = read(dir, TLS_CERT)?;
-    Ok(Keys { master, token, admin, tls_key_pem, tls_cert_pem: text(path, &certificate)? })
+    Ok(Keys { token, first_token, admin, tls_key_pem, tls_cert_pem: text(path, &certificate)? })
 }

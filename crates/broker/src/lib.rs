@@ -4,10 +4,11 @@
 //! |---|---|
 //! | [`Broker`] | the broker itself: sessions, appraisal, release; everything an administrator does. Synchronous, knows no HTTP |
 //! | `files` | its directory: keys, certificate, settings, database |
-//! | `store` | the database: sealed resources, policies, reference values, platforms, the audit log |
+//! | `storage` | the port to the database: tables and serializable transactions, in a file (redb) or in PostgreSQL |
+//! | `store` | what is kept there: sealed records of resources, policies, reference values, platforms, sessions; the audit log |
+//! | [`MasterKey`] | what wraps the keys that seal the records |
 //! | `policy` | Rego, bounded in time, denying by default |
 //! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
-//! | `sessions` | nonces that work once |
 //! | `admin` | the administrator's tokens |
 //! | [`server`] | the HTTP service under `/kbs/v0` |
 //! | [`AdminClient`] | the administrator's client |
@@ -19,23 +20,34 @@
 
 mod admin;
 mod admin_client;
+mod administer;
 mod api;
 mod appraise;
 mod broker;
 mod error;
 mod files;
+mod limit;
+mod master;
+mod metrics;
 mod policy;
 mod release;
 pub mod server;
-mod sessions;
+mod storage;
 mod store;
 mod verifiers;
 
-pub use admin::admin_token;
-pub use admin_client::{AdminClient, ResourceScope};
+pub use admin::{Administrator, Role, admin_token};
+pub use admin_client::{AdminClient, AnchorInfo, ResourceScope};
 pub use broker::{Broker, InitOptions};
 pub use error::{ApiError, BrokerError};
-pub use files::Settings;
+pub use files::{OpenMaster, Settings};
+pub use master::{MasterKey, MasterKeyError};
 pub use server::{Handle, Transport, serve};
-pub use store::{AuditEntry, ReferenceValue};
+pub use storage::StorageError;
+pub use store::{
+    AuditEntry, ReferenceValue,
+    audit::AuditHead,
+    leases::{Lease, Revocation},
+    resources::{PutOptions, Resource, ResourceKind},
+};
 pub use verifiers::collateral_dir;

@@ -3,12 +3,17 @@
 //! `query_reference_value(id)` gives the reference value's list, or null where there is none or it has expired. Anything but a plain result
 //! (an error, no value, another type, too long) is a refusal, whose reason the caller sees and logs.
 
-use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    num::NonZeroU32,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use regorus::utils::limits::ExecutionTimerConfig;
 use serde_json::Value;
 
-use crate::store::ReferenceValue;
+use crate::{admin::now, store::ReferenceValue};
 
 /// What attestation policies compute.
 pub(crate) const TRUST_CLAIMS: &str = "data.policy.trust_claims";
@@ -27,7 +32,38 @@ const CHECK_EVERY: NonZeroU32 = NonZeroU32::MIN.saturating_add(63);
 
 pub(crate) type References = BTreeMap<String, ReferenceValue>;
 
-/// Evaluates one rule of a policy.
+/// A policy: compiled when it is first asked, and then by copies of what was compiled.
+pub(crate) struct Policy {
+    text: String,
+    engine: OnceLock<Result<Mutex<regorus::Engine>, String>>,
+}
+
+impl Policy {
+    pub(crate) fn new(text: String) -> Self {
+        Self { text, engine: OnceLock::new() }
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Evaluates one rule.
+    pub(crate) fn evaluate(
+        &self,
+        rule: &str,
+        input: Value,
+        data: Option<Value>,
+        references: Arc<References>,
+    ) -> Result<Value, String> {
+        let compiled = self.engine.get_or_init(|| engine(&self.text).map(Mutex::new)).as_ref().map_err(Clone::clone)?;
+        let mut engine = compiled.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        add_references(&mut engine, references)?;
+        run(engine, rule, input, data)
+    }
+}
+
+/// Evaluates one rule of a policy that is not kept.
+#[cfg(test)]
 pub(crate) fn evaluate(
     policy: &str,
     rule: &str,
@@ -35,7 +71,10 @@ pub(crate) fn evaluate(
     data: Option<Value>,
     references: References,
 ) -> Result<Value, String> {
-    let mut engine = engine(policy, references)?;
+    Policy::new(policy.to_owned()).evaluate(rule, input, data, Arc::new(references))
+}
+
+fn run(mut engine: regorus::Engine, rule: &str, input: Value, data: Option<Value>) -> Result<Value, String> {
     engine.set_input(regorus::Value::from(input));
     if let Some(data) = data {
         engine.add_data(regorus::Value::from(data)).map_err(|e| shorten(&e))?;
@@ -51,28 +90,32 @@ pub(crate) fn check(policy: &str, rule: &str) -> Result<(), String> {
     if policy.len() > LONGEST {
         return Err(format!("{} bytes: at most {LONGEST} are accepted", policy.len()));
     }
-    let mut engine = engine(policy, References::new())?;
+    let mut engine = engine(policy)?;
+    add_references(&mut engine, Arc::default())?;
     engine.set_input(regorus::Value::new_object());
     engine.eval_rule(rule.to_owned()).map(drop).map_err(|e| format!("{rule}: {}", shorten(&e)))
 }
 
-fn engine(policy: &str, references: References) -> Result<regorus::Engine, String> {
+fn engine(policy: &str) -> Result<regorus::Engine, String> {
     let mut engine = regorus::Engine::new();
     engine.set_execution_timer_config(ExecutionTimerConfig { limit: TIME_LIMIT, check_interval: CHECK_EVERY });
     let package = engine.add_policy("policy.rego".into(), policy.to_owned()).map_err(|e| shorten(&e))?;
     if package != "data.policy" {
         return Err(format!("its package is '{package}' and must be 'policy'"));
     }
-    let references = Arc::new(references);
+    Ok(engine)
+}
+
+fn add_references(engine: &mut regorus::Engine, references: Arc<References>) -> Result<(), String> {
+    let now = now();
     let query = move |parameters: Vec<regorus::Value>| {
         let id = parameters.first().and_then(|id| id.as_string().ok()).map(ToString::to_string).unwrap_or_default();
-        Ok(match references.get(&id) {
+        Ok(match references.get(&id).filter(|reference| reference.expires > now) {
             Some(reference) => regorus::Value::from(Value::Array(reference.values.clone())),
             None => regorus::Value::Null,
         })
     };
-    engine.add_extension("query_reference_value".into(), 1, Box::new(query)).map_err(|e| shorten(&e))?;
-    Ok(engine)
+    engine.add_extension("query_reference_value".into(), 1, Box::new(query)).map_err(|e| shorten(&e))
 }
 
 fn shorten(error: &impl ToString) -> String {

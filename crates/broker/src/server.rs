@@ -14,7 +14,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::{Broker, BrokerError, api};
+use crate::{Broker, BrokerError, api, metrics::count};
 
 /// Connections at a time; further ones wait to be accepted.
 const MOST_CONNECTIONS: usize = 1024;
@@ -110,11 +110,11 @@ pub fn serve(broker: Arc<Broker>, address: SocketAddr, transport: Transport) -> 
     let listener = runtime.block_on(TcpListener::bind(address)).map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let (stop, stopped) = watch::channel(false);
-    let service = api::router(broker, transport == Transport::Tls);
+    let service = api::router(broker.clone(), transport == Transport::Tls);
     let thread = std::thread::Builder::new()
         .name("nacre-broker".into())
         .spawn(move || {
-            runtime.block_on(accept(listener, acceptor, service, stopped));
+            runtime.block_on(accept(listener, acceptor, service, stopped, broker));
             runtime.shutdown_timeout(DRAIN_TIME);
         })
         .map_err(listen)?;
@@ -141,13 +141,14 @@ async fn accept(
     acceptor: Option<TlsAcceptor>,
     service: axum::Router,
     mut stopped: watch::Receiver<bool>,
+    broker: Arc<Broker>,
 ) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of file descriptors, most likely: waiting helps, spinning does not.
                     tracing::warn!(%error, "accept failed");
@@ -157,10 +158,12 @@ async fn accept(
             },
             _ = stopped.changed() => break,
         };
-        let (acceptor, service, stopped) = (acceptor.clone(), service.clone(), stopped.clone());
+        // The limit of calls is an address's, so every call of a connection knows whose it is.
+        let service = service.clone().layer(axum::Extension(api::Peer(peer)));
+        let (acceptor, stopped, broker) = (acceptor.clone(), stopped.clone(), broker.clone());
         tokio::spawn(async move {
             let _place = place;
-            let _ = tokio::time::timeout(CONNECTION_TIME, connection(stream, acceptor, service, stopped)).await;
+            let _ = tokio::time::timeout(CONNECTION_TIME, connection(stream, acceptor, service, stopped, broker)).await;
         });
     }
     drop(listener);
@@ -173,14 +176,21 @@ async fn connection(
     acceptor: Option<TlsAcceptor>,
     service: axum::Router,
     stopped: watch::Receiver<bool>,
+    broker: Arc<Broker>,
 ) {
     let _ = stream.set_nodelay(true);
     match acceptor {
         None => exchange(stream, service, stopped).await,
         Some(acceptor) => match tokio::time::timeout(HEAD_TIME, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => exchange(stream, service, stopped).await,
-            Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
-            Err(_) => tracing::debug!("TLS handshake took too long"),
+            Ok(Err(error)) => {
+                count(&broker.metrics.handshakes_failed);
+                tracing::debug!(%error, "TLS handshake failed");
+            }
+            Err(_) => {
+                count(&broker.metrics.handshakes_failed);
+                tracing::debug!("TLS handshake took too long");
+            }
         },
     }
 }

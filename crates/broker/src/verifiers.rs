@@ -74,8 +74,8 @@ impl Broker {
 
     fn sim_verifier(&self) -> Result<SimVerifier, ApiError> {
         let mut verifier = SimVerifier::new();
-        for pem in self.store.platforms(sim::TEE)? {
-            let trusted = PublicKey::from_pem(&pem).and_then(|key| verifier.trust(key));
+        for pem in self.store.config()?.platforms(sim::TEE) {
+            let trusted = PublicKey::from_pem(pem).and_then(|key| verifier.trust(key));
             trusted.map_err(BrokerError::from)?;
         }
         Ok(verifier)

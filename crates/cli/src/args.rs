@@ -1,5 +1,6 @@
 //! The command line: noun, then verb. This module only says what there is; `commands` does it.
 
+pub(crate) mod broker;
 pub(crate) mod disk;
 pub(crate) mod index;
 pub(crate) mod lazy;
@@ -7,6 +8,8 @@ pub(crate) mod lazy;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+use broker::BrokerCommand;
 
 /// Trusted storage for confidential containers.
 #[derive(Debug, Parser)]
@@ -397,171 +400,6 @@ pub(crate) struct CopyArgs {
     pub(crate) make_lazy: lazy::MakeLazyArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
-}
-
-/// Which broker is administered: one that runs, by its address, or the files of one that does not.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Broker")]
-pub(crate) struct BrokerAt {
-    /// The broker's directory
-    #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
-    pub(crate) dir: PathBuf,
-    /// The running broker's address; without it, the broker in --dir must not be running
-    #[arg(long, value_name = "URL")]
-    pub(crate) url: Option<String>,
-    /// The running broker's TLS certificate, pinned [default: tls.crt of --dir]
-    #[arg(long, value_name = "FILE", requires = "url")]
-    pub(crate) cert: Option<PathBuf>,
-    /// The public key that signs the broker's tokens [default: token.pub of --dir]
-    #[arg(long, value_name = "FILE")]
-    pub(crate) token_key: Option<PathBuf>,
-    /// The administrator's private key [default: admin.key of --dir]
-    #[arg(long, value_name = "FILE")]
-    pub(crate) admin_key: Option<PathBuf>,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum BrokerCommand {
-    /// Make a new broker: its keys, its TLS certificate, its store
-    Init {
-        /// The broker's directory
-        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
-        dir: PathBuf,
-        /// Release to simulated TEEs too
-        #[arg(long)]
-        allow_simulated: bool,
-        /// A host name or address for the TLS certificate, besides localhost; may be repeated
-        #[arg(long, value_name = "NAME")]
-        name: Vec<String>,
-    },
-    /// Serve guests
-    Serve {
-        /// The broker's directory
-        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
-        dir: PathBuf,
-        /// The address to listen at
-        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
-        listen: std::net::SocketAddr,
-        /// Serve plain HTTP: for loopback, or behind a proxy that does TLS
-        #[arg(long)]
-        insecure_http: bool,
-    },
-    /// Secrets by repository/type/tag
-    #[command(subcommand)]
-    Resource(ResourceCommand),
-    /// Appraisal and release policies (Rego)
-    #[command(subcommand)]
-    Policy(PolicyCommand),
-    /// Reference values: what guests are expected to measure
-    #[command(subcommand)]
-    Reference(ReferenceCommand),
-    /// Trust the platform key of simulated TEEs
-    TrustSim {
-        /// Its public key, PEM
-        file: PathBuf,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// What vendors of TEEs publish and verifiers need: certificates, revocation lists, TCB info
-    #[command(subcommand)]
-    Collateral(CollateralCommand),
-    /// Print a token for an administrator's own HTTP calls, good for ten minutes
-    Token {
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// Show what was released to whom
-    Audit {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// Only entries after this number
-        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
-        after: u64,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum ResourceCommand {
-    /// Store a secret
-    Put {
-        /// repository/type/tag
-        path: String,
-        /// The file that holds it; - is standard input
-        file: PathBuf,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// Remove a secret
-    Rm {
-        /// repository/type/tag
-        path: String,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// List the names of secrets
-    Ls {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum PolicyCommand {
-    /// Set the policy that appraises guests
-    SetAttestation {
-        /// The Rego file
-        file: PathBuf,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// Set a policy that releases resources
-    SetResource {
-        /// The Rego file
-        file: PathBuf,
-        /// repository, repository/type or repository/type/tag; the most specific one decides [default: all resources]
-        #[arg(long, value_name = "SCOPE", default_value = "", hide_default_value = true)]
-        scope: String,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// Print a policy that releases resources
-    ShowResource {
-        /// repository, repository/type or repository/type/tag [default: all resources]
-        #[arg(long, value_name = "SCOPE", default_value = "", hide_default_value = true)]
-        scope: String,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum ReferenceCommand {
-    /// Set the values that are expected of something, in place of the old ones
-    Set {
-        /// What is expected, such as sim.measurement
-        name: String,
-        /// The values
-        #[arg(required = true)]
-        values: Vec<String>,
-        /// Until when they are good, RFC 3339 [default: a year from now]
-        #[arg(long, value_name = "TIME")]
-        expires: Option<String>,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
-    /// Print the values that are expected of something
-    Show {
-        /// What is expected, such as sim.measurement
-        name: String,
-        #[command(flatten)]
-        at: BrokerAt,
-    },
 }
 
 /// Where the guest's daemon serves.

@@ -140,7 +140,10 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = error.downcast_ref::<BrokerError>() {
         return match error {
             BrokerError::Running(_) | BrokerError::Exists(_) => Some(Exit::Conflict),
-            BrokerError::Io { .. } | BrokerError::Listen { .. } | BrokerError::Database { .. } => Some(Exit::Io),
+            BrokerError::Io { .. } | BrokerError::Listen { .. } | BrokerError::Storage(_) => Some(Exit::Io),
+            BrokerError::Sealed(_) | BrokerError::Damaged { .. } | BrokerError::OtherMasterKey { .. } => {
+                Some(Exit::NotTrusted)
+            }
             BrokerError::Invalid(_) | BrokerError::Policy(_) => Some(Exit::Usage),
             _ => None,
         };

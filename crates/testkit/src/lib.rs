@@ -1,7 +1,7 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`DockerRegistry`], [`MotoServer`], [`Swtpm`], [`Tls`]: programs that are not ours.
+//! - [`DockerRegistry`], [`MotoServer`], [`Postgres`], [`Swtpm`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
@@ -17,6 +17,7 @@
 mod disk;
 pub mod harness;
 mod image;
+mod postgres;
 mod programs;
 pub mod qemu;
 mod rng;
@@ -32,6 +33,7 @@ pub mod tree;
 pub use disk::SmallDisk;
 pub use image::{BuiltLayer, Compression, Image, ImageBuilder};
 pub use nacre_registry as registry;
+pub use postgres::Postgres;
 pub use programs::{DockerRegistry, DockerRegistryOptions, Tls, run};
 pub use rng::Rng;
 pub use rootfs::tiny_rootfs;

@@ -9,7 +9,7 @@ use ureq::{
 };
 
 use super::{BrokerConfig, ClientError};
-use crate::rcar::SESSION_COOKIE;
+use crate::rcar::{LEASE_HEADER, LEASE_SECONDS_HEADER, SESSION_COOKIE, VERSION_HEADER};
 
 /// An answer, whatever its status.
 #[derive(Debug)]
@@ -18,6 +18,10 @@ pub struct Reply {
     pub status: u16,
     /// The session id of a Set-Cookie header, where there is one.
     pub session: Option<String>,
+    /// The version of a resource, where the answer says one.
+    pub version: Option<u32>,
+    /// The id of a lease and its seconds, where there is one.
+    pub lease: Option<(String, u32)>,
     /// The body, at most as long as was allowed.
     pub body: Vec<u8>,
 }
@@ -155,8 +159,13 @@ impl Transport {
         let status = response.status().as_u16();
         let session =
             response.headers().get_all("set-cookie").iter().find_map(|value| session_of(value.to_str().ok()?));
+        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let number = |name: &str| header(name).and_then(|text| text.parse::<u32>().ok());
+        let version = number(VERSION_HEADER);
+        let id = header(LEASE_HEADER).filter(|id| is_base64url(id)).map(str::to_owned);
+        let lease = id.zip(number(LEASE_SECONDS_HEADER));
         let body = response.body_mut().with_config().limit(limit as u64).read_to_vec().map_err(fail)?;
-        Ok(Reply { status, session, body })
+        Ok(Reply { status, session, version, lease, body })
     }
 }
 
@@ -167,6 +176,11 @@ fn session_of(header: &str) -> Option<String> {
     let fine = (1..=256).contains(&value.len())
         && value.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'"' | b',' | b';' | b'\\'));
     (name.trim() == SESSION_COOKIE && fine).then(|| value.to_owned())
+}
+
+/// Whether it can stand in a path as it is.
+fn is_base64url(text: &str) -> bool {
+    (1..=256).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
 }
 
 fn is_loopback(host: &str) -> bool {

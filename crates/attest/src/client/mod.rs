@@ -10,9 +10,21 @@
 //! roots; plain `http` is refused but to a loopback address or where [`BrokerConfig::allow_http`] says so. Proxies of the
 //! environment are not used and redirects are not followed.
 //!
+//! | file | what |
+//! |---|---|
+//! | `http` | the channel |
+//! | `succession` | from the token key that is pinned to the one that signs |
+//! | `lease` | resources that are lent, their renewal |
+//! | `agent` | renews leases on time, and says when one has ended |
+//! | `anchor` | the broker as a place that a host cannot turn back |
+//!
 //! The TEE key is made anew for every attestation, lives in guest memory only, and is bound into the evidence with the nonce.
 
+mod agent;
+mod anchor;
 mod http;
+mod lease;
+mod succession;
 mod time;
 
 use std::{
@@ -23,7 +35,7 @@ use std::{
 
 use nacre_core::{
     Clock, KeySource, KeySourceError, ResourcePath, ResourceUri, SecretBytes, TrustedTime,
-    jose::{JoseError, Jwe, Jwk, PrivateKey, PublicKey, b64},
+    jose::{JoseError, Jwk, PrivateKey, PublicKey, b64},
 };
 use serde_json::Value;
 
@@ -35,7 +47,11 @@ use crate::{
         MessageError, Request, RuntimeData, TokenReply, report_data,
     },
 };
+pub use agent::{Agent, LeaseEnd};
+pub use anchor::BrokerAnchor;
 pub use http::{Call, Credential, Reply, Transport};
+pub use lease::{Borrowed, Lease};
+pub use succession::successor;
 use time::BootTime;
 
 /// Bytes of an encrypted resource at most.
@@ -100,6 +116,19 @@ pub enum ClientError {
     /// The token was made for somebody else, or for another session.
     #[error("attestation token is not of this session: its {0} is another one")]
     ForeignToken(&'static str),
+    /// Tokens are signed by a key that the pinned one does not lead to.
+    #[error(
+        "attestation tokens are signed by another key than the pinned one, and it does not say who follows it ({0}): was the broker made anew? pin its new token.pub"
+    )]
+    Succession(String),
+    /// A lease has ended.
+    #[error("the lease of {path} has ended: {why}; what it was for has to be given up")]
+    LeaseEnded {
+        /// Which resource.
+        path: ResourcePath,
+        /// Why.
+        why: String,
+    },
     /// The resource does not open with our TEE key.
     #[error("resource {path}: {source}")]
     Decrypt {
@@ -126,7 +155,18 @@ impl ClientError {
         match self {
             Self::Network { .. } => true,
             // 409: the nonce was used by an attempt whose answer got lost.
-            Self::Refused { status, .. } => matches!(status, 409 | 429 | 500..=599),
+            Self::Refused { status: 409 | 429 | 500..=599, .. } => true,
+            // The broker, or the replica of it that had the session, was started anew in between.
+            Self::Refused { step: "attest", kind, .. } => kind == "SessionNotFound",
+            _ => false,
+        }
+    }
+
+    /// Whether trying again gives the same answer: the broker knows who asks, and says no.
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Refused { status: 403 | 404, .. } | Self::ForeignToken(_) | Self::Token(_) => true,
+            Self::Refused { step: "attest", status: 401, kind, .. } => kind != "SessionNotFound",
             _ => false,
         }
     }
@@ -359,7 +399,9 @@ impl BrokerClient {
         runtime: &RuntimeData,
         bound: &[u8; 64],
     ) -> Result<Ear, ClientError> {
-        let ear = Ear::verify(token, key)?.into_inner();
+        // A broker that has a newer key proves that the pinned one was followed by it.
+        let followed = self.follow(token, key)?;
+        let ear = Ear::verify(token, followed.as_ref().unwrap_or(key))?.into_inner();
         if ear.tee_pubkey() != Some(&runtime.tee_pubkey) {
             return Err(ClientError::ForeignToken("TEE key"));
         }
@@ -379,25 +421,15 @@ impl BrokerClient {
     /// # Errors
     /// [`ClientError`].
     pub fn get(&self, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
-        let attested = self.attest()?;
-        match self.get_with(&attested, path) {
-            Err(error) if error.is_unauthorized() => {
-                tracing::info!(%error, "attesting again");
-                let attested = self.attest_unless(|current| !Arc::ptr_eq(current, &attested))?;
-                self.get_with(&attested, path)
-            }
-            other => other,
-        }
+        self.with_attestation(|attested| self.get_with(attested, path))
     }
 
-    fn get_with(&self, attested: &Attested, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
-        let reply = self.retry(|| {
-            let target = format!("/kbs/v0/resource/{path}");
-            let token = Credential::Bearer(&attested.token);
-            accept("resource", self.transport.call("resource", &target, token, Call::Get, LONGEST_RESOURCE)?)
-        })?;
-        let fail = |source| ClientError::Decrypt { path: path.clone(), source };
-        Jwe::parse(&reply.body).map_err(fail)?.decrypt_with([&attested.tee_key]).map_err(fail)
+    fn get_with(&self, attested: &Arc<Attested>, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
+        let borrowed = self.borrow_with(attested, path, None)?;
+        if let Some(lease) = &borrowed.lease {
+            tracing::info!(%path, seconds = lease.seconds(), "the broker lends this resource; this use of it does not renew the lease");
+        }
+        Ok(borrowed.secret)
     }
 }
 

@@ -27,9 +27,47 @@ pub(crate) const SECRET: &[u8] = b"hunter2-hunter2-hunter2-hunter2!";
 pub(crate) struct Rig {
     pub(crate) broker: Arc<Broker>,
     pub(crate) handle: Handle,
+    pub(crate) guests: Guests,
+    dir: tempfile::TempDir,
+}
+
+/// A simulated platform and a program on it.
+pub(crate) struct Guests {
     platform_pem: String,
     program: std::path::PathBuf,
-    _dir: tempfile::TempDir,
+}
+
+impl Guests {
+    pub(crate) fn trusted_by(broker: &Broker, dir: &std::path::Path) -> Self {
+        let platform = PrivateKey::generate_p256();
+        broker.add_sim_platform_key(&platform.public()).unwrap();
+        let platform_pem = platform.to_pkcs8_pem().unwrap().to_string();
+        // A small program in place of this test's binary, which takes a while to hash; one test does measure the binary.
+        let program = dir.join("program");
+        std::fs::write(&program, "a guest").unwrap();
+        let measurement = SimAttester::measuring(platform, None, &program).unwrap().measurement().hex();
+        broker.add_reference_value("sim.measurement", vec![measurement.into()], None).unwrap();
+        Self { platform_pem, program }
+    }
+
+    pub(crate) fn platform(&self) -> PrivateKey {
+        PrivateKey::from_pem(&self.platform_pem).unwrap()
+    }
+
+    pub(crate) fn attester(&self, init: Option<InitData>) -> SimAttester {
+        SimAttester::measuring(self.platform(), init, &self.program).unwrap()
+    }
+}
+
+/// What a guest is configured with for a broker.
+pub(crate) fn config(broker: &Broker, handle: &Handle) -> BrokerConfig {
+    BrokerConfig {
+        certificate: Some(broker.certificate_pem().to_owned()),
+        token_key: Some(broker.token_key()),
+        backoff: std::time::Duration::from_millis(5),
+        attempts: 3,
+        ..BrokerConfig::new(handle.url())
+    }
 }
 
 pub(crate) fn path(text: &str) -> ResourcePath {
@@ -49,36 +87,28 @@ impl Rig {
     pub(crate) fn with(settings: Settings, transport: Transport) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let broker = Broker::init(&dir.path().join("broker"), &InitOptions { names: Vec::new(), settings }).unwrap();
-        let platform = PrivateKey::generate_p256();
-        broker.add_sim_platform_key(&platform.public()).unwrap();
-        let platform_pem = platform.to_pkcs8_pem().unwrap().to_string();
-        // A small program in place of this test's binary, which takes a while to hash; one test does measure the binary.
-        let program = dir.path().join("program");
-        std::fs::write(&program, "a guest").unwrap();
-        let measurement = SimAttester::measuring(platform, None, &program).unwrap().measurement().hex();
-        broker.add_reference_value("sim.measurement", vec![measurement.into()], None).unwrap();
+        let guests = Guests::trusted_by(&broker, dir.path());
         broker.put_resource(&path("default/key/1"), SECRET).unwrap();
         let broker = Arc::new(broker);
         let handle = serve(broker.clone(), "127.0.0.1:0".parse().unwrap(), transport).unwrap();
-        Self { broker, handle, platform_pem, program, _dir: dir }
+        Self { broker, handle, guests, dir }
+    }
+
+    /// The broker's directory.
+    pub(crate) fn dir(&self) -> std::path::PathBuf {
+        self.dir.path().join("broker")
     }
 
     pub(crate) fn platform(&self) -> PrivateKey {
-        PrivateKey::from_pem(&self.platform_pem).unwrap()
+        self.guests.platform()
     }
 
     pub(crate) fn config(&self) -> BrokerConfig {
-        BrokerConfig {
-            certificate: Some(self.broker.certificate_pem().to_owned()),
-            token_key: Some(self.broker.token_key()),
-            backoff: std::time::Duration::from_millis(5),
-            attempts: 3,
-            ..BrokerConfig::new(self.handle.url())
-        }
+        config(&self.broker, &self.handle)
     }
 
     pub(crate) fn attester(&self, init: Option<InitData>) -> SimAttester {
-        SimAttester::measuring(self.platform(), init, &self.program).unwrap()
+        self.guests.attester(init)
     }
 
     pub(crate) fn client(&self) -> BrokerClient {

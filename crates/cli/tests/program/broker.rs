@@ -9,7 +9,7 @@ use std::{
 };
 
 use nacre_registry::Registry;
-use nacre_testkit::{root, run};
+use nacre_testkit::{require, root, run};
 use serde_json::{Value, json};
 
 use crate::support::{Place, assert_refused, runnable, said};
@@ -82,7 +82,13 @@ fn administer(place: &Place, url: Option<&str>) {
     assert_eq!(text(&mut admin(place, url, &["resource", "ls"])), "one/key/1\ntwo/key/1\n");
     run(&mut admin(place, url, &["resource", "rm", "two/key/1"]));
     let listed: Value = serde_json::from_str(&text(&mut admin(place, url, &["resource", "ls", "--json"]))).unwrap();
-    assert_eq!(listed, json!(["one/key/1"]));
+    assert_eq!((listed[0]["path"].as_str(), listed.as_array().unwrap().len()), (Some("one/key/1"), 1));
+    let key = place.write("volume.key", "k".repeat(32));
+    run(&mut admin(place, url, &["resource", "put", "--kind", "volume-key", "--lease", "60", "one/volume/1", &key]));
+    assert_eq!(text(&mut admin(place, url, &["resource", "rotate", "one/volume/1"])), "version 2\n");
+    assert!(
+        text(&mut admin(place, url, &["resource", "ls", "-l"])).contains("one/volume/1  volume-key  2        60 s")
+    );
     for (arguments, code) in [
         (&["resource", "rm", "no/such/thing"][..], 4),
         (&["resource", "put", "not-a-path", &secret], 2),
@@ -99,6 +105,34 @@ fn administer(place: &Place, url: Option<&str>) {
     run(&mut admin(place, url, &["policy", "set-resource", "--scope", "closed", &file]));
     assert_eq!(text(&mut admin(place, url, &["policy", "show-resource", "--scope", "closed"])), policy);
     assert!(text(&mut admin(place, url, &["policy", "show-resource"])).contains("default allow := false"));
+    run(&mut admin(place, url, &["policy", "rm-resource", "--scope", "closed"]));
+    assert_eq!(
+        admin(place, url, &["policy", "rm-resource", "--scope", "closed"]).output().unwrap().status.code(),
+        Some(4)
+    );
+    let public =
+        place.write("tina.pub", text(&mut place.nacre("unused", &["attest", "sim-key", &place.text("tina.key")])));
+    run(&mut admin(place, url, &["admin", "add", "--role", "operator", "--repository", "team", "tina", &public]));
+    assert!(text(&mut admin(place, url, &["admin", "ls"])).contains("tina  operator  team"));
+    run(&mut admin(place, url, &["admin", "rm", "tina"]));
+    fs::remove_file(place.at("tina.key")).unwrap();
+    assert_eq!(text(&mut admin(place, url, &["lease", "ls", "--json"])).trim(), "[]");
+    assert_eq!(text(&mut admin(place, url, &["anchor", "ls", "--json"])).trim(), "[]");
+    for missing in [&["lease", "revoke", "no-such"][..], &["anchor", "rm", "no/such"], &["admin", "rm", "nobody"]] {
+        assert_eq!(admin(place, url, missing).output().unwrap().status.code(), Some(4), "{missing:?}");
+    }
+    let verified = text(&mut admin(place, url, &["audit", "verify"]));
+    let head = verified.lines().nth(1).unwrap();
+    run(&mut admin(place, url, &["audit", "verify", "--head", head]));
+    let other = format!("{}0", &head[..head.len() - 1]);
+    let output = admin(
+        place,
+        url,
+        &["audit", "verify", "--head", &if other == head { format!("{}1", &head[..head.len() - 1]) } else { other }],
+    )
+    .output()
+    .unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
     run(&mut admin(place, url, &["reference", "set", "sim.svn", "7", "8", "--expires", "2099-01-01T00:00:00Z"]));
     let shown: Value = serde_json::from_str(&text(&mut admin(place, url, &["reference", "show", "sim.svn"]))).unwrap();
     assert_eq!(shown, json!(["7", "8"]));
@@ -118,6 +152,120 @@ fn a_broker_is_administered_by_its_files() {
     let again = place.nacre("unused", &["broker", "init", "--dir", &place.text("broker")]).output().unwrap();
     assert_eq!(again.status.code(), Some(6), "{}", said(&again));
     administer(&place, None);
+}
+
+#[test]
+fn a_master_key_is_rotated_and_the_old_one_opens_nothing() {
+    let place = Place::new();
+    init(&place);
+    let secret = place.write("secret", "s3cret");
+    run(&mut admin(&place, None, &["resource", "put", "one/key/1", &secret]));
+    let old = fs::read(place.at("broker").join("master.key")).unwrap();
+    run(&mut admin(&place, None, &["master", "rotate", "--keep-old", "file:second.key"]));
+    let names = text(&mut admin(&place, None, &["master", "ls"]));
+    assert_eq!((names.lines().count(), names.matches("(in use)").count()), (2, 1), "{names}");
+    let first = names.lines().find(|line| !line.contains("in use")).unwrap();
+    run(&mut admin(&place, None, &["master", "forget", first]));
+    run(&mut admin(&place, None, &["master", "rotate", "--reseal", "file:third.key"]));
+    assert!(fs::read_to_string(place.at("broker").join("broker.toml")).unwrap().contains("third.key"));
+    fs::write(place.at("broker").join("third.key"), old).unwrap();
+    let output = admin(&place, None, &["resource", "ls"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+}
+
+#[test]
+fn a_master_key_is_in_a_token() {
+    let (Some(softhsm), Some(openssl)) = (require("softhsm2-util"), require("openssl")) else { return };
+    let module = "/usr/lib/softhsm/libsofthsm2.so";
+    if !std::path::Path::new(module).exists() {
+        return nacre_testkit::skip("libsofthsm2.so is not where Debian has it");
+    }
+    let place = Place::new();
+    fs::create_dir(place.at("tokens")).unwrap();
+    let config = place.write("softhsm.conf", format!("directories.tokendir = {}\n", place.text("tokens")));
+    let util = |arguments: &str| run(Command::new(&softhsm).env("SOFTHSM2_CONF", &config).args(arguments.split(' ')));
+    run(Command::new(openssl).args(["genpkey", "-quiet", "-algorithm", "RSA", "-out", &place.text("rsa.pem")]));
+    util("--init-token --free --label nacre --pin 1234 --so-pin 1234");
+    util(&format!("--import {} --token nacre --label key --id a1 --pin 1234", place.text("rsa.pem")));
+    let uri = format!("pkcs11:token=nacre;object=key;id=%a1?module-path={module}&pin-value=1234");
+    let nacre = |arguments: &[&str]| {
+        let mut command = place.nacre("unused", arguments);
+        // SoftHSM knows no other hash for OAEP.
+        command
+            .args(["--dir", &place.text("broker")])
+            .env("SOFTHSM2_CONF", &config)
+            .env("OCICRYPT_OAEP_HASHALG", "sha1");
+        command
+    };
+    run(&mut nacre(&["broker", "init", "--master-key", &uri]));
+    assert!(!place.at("broker").join("master.key").exists());
+    let secret = place.write("secret", "s3cret");
+    run(&mut nacre(&["broker", "resource", "put", "one/key/1", &secret]));
+    assert_eq!(text(&mut nacre(&["broker", "resource", "ls"])), "one/key/1\n");
+    run(&mut nacre(&["broker", "master", "rotate", "file:master.key"]));
+    assert_eq!(
+        text(&mut place.nacre("unused", &["broker", "resource", "ls", "--dir", &place.text("broker")])),
+        "one/key/1\n"
+    );
+}
+
+#[test]
+fn a_replica_that_is_killed_loses_nothing() {
+    let Some(database) = nacre_testkit::Postgres::start(None) else { return };
+    let place = Place::new();
+    let init = ["broker", "init", "--allow-simulated", "--database", &database.url(), "--dir", &place.text("broker")];
+    run(&mut place.nacre("unused", &init));
+    let secret = place.write("secret", "s3cret");
+    run(&mut admin(&place, None, &["resource", "put", "one/key/1", &secret]));
+    let program = place.write("program", "a guest");
+    let platform = place.write("p.pub", text(&mut place.nacre("unused", &["attest", "sim-key", &place.text("p.key")])));
+    run(&mut admin(&place, None, &["trust-sim", &platform]));
+    let measurement = text(&mut place.nacre("unused", &["attest", "measure", &program]));
+    run(&mut admin(&place, None, &["reference", "set", "sim.measurement", measurement.trim()]));
+    let (mut one, two) = (Served::start(&place), Served::start(&place));
+    let key = nacre_core::jose::PrivateKey::from_bytes(&fs::read(place.at("p.key")).unwrap()).unwrap();
+    let attester = nacre_attest::sim::SimAttester::measuring(key, None, program.as_ref()).unwrap();
+    let pem = |name: &str| fs::read_to_string(place.at("broker").join(name)).unwrap();
+    let config = |url: &str| {
+        nacre_attest::client::BrokerConfig::new(url).pin(Some(&pem("tls.crt")), Some(&pem("token.pub"))).unwrap()
+    };
+    let channel = |served: &Served| nacre_attest::client::Transport::new(&config(&served.url)).unwrap();
+    // A challenge of one, which is killed before it is answered: the other takes the answer.
+    use nacre_attest::{
+        client::{Call, Credential},
+        evidence::Attester as _,
+        rcar,
+    };
+    let post = |served: &Served, path: &str, credential: Credential<'_>, body: Vec<u8>| {
+        channel(served).call("test", path, credential, Call::Post("application/json", &body), 1 << 20).unwrap()
+    };
+    let request = serde_json::to_vec(&rcar::Request::new("sim")).unwrap();
+    let reply = post(&one, "/kbs/v0/auth", Credential::None, request);
+    let (session, challenge) = (reply.session.unwrap(), rcar::Challenge::parse(&reply.body).unwrap());
+    one.child.kill().unwrap();
+    one.child.wait().unwrap();
+    let tee_key = nacre_core::jose::PrivateKey::generate_p256();
+    let runtime_data = rcar::RuntimeData {
+        nonce: challenge.nonce,
+        tee_pubkey: serde_json::to_value(nacre_core::jose::Jwk::from_public(&tee_key.public())).unwrap(),
+    };
+    let bound = rcar::report_data(&runtime_data, "").unwrap();
+    let message = rcar::Attestation {
+        init_data: None,
+        runtime_data,
+        tee_evidence: rcar::CompositeEvidence {
+            primary_evidence: attester.evidence(&bound).unwrap(),
+            additional_evidence: String::new(),
+        },
+    };
+    let reply = post(&two, "/kbs/v0/attest", Credential::Session(&session), serde_json::to_vec(&message).unwrap());
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+    let path = "/kbs/v0/resource/one/key/1";
+    let reply = channel(&two).call("test", path, Credential::Session(&session), Call::Get, 1 << 20).unwrap();
+    let jwe = nacre_core::jose::Jwe::parse(&reply.body).unwrap();
+    assert_eq!(jwe.decrypt(&[tee_key]).unwrap().expose(), b"s3cret");
+    two.end();
+    assert!(text(&mut admin(&place, None, &["audit"])).contains("released"));
 }
 
 #[test]

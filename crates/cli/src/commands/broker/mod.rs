@@ -1,5 +1,10 @@
 //! `nacre broker`: make one, serve guests, administer it (while it runs, by its HTTP service; otherwise, by its files).
 
+mod admins;
+mod audit;
+mod master;
+mod tenure;
+
 use std::{
     io::Read as _,
     path::{Path, PathBuf},
@@ -9,7 +14,8 @@ use std::{
 use anyhow::Context as _;
 use nacre_attest::client::BrokerConfig;
 use nacre_broker::{
-    AdminClient, AuditEntry, Broker, InitOptions, ResourceScope, Settings, Transport, admin_token, serve,
+    AdminClient, Broker, InitOptions, PutOptions, Resource, ResourceKind, ResourceScope, Settings, Transport,
+    admin_token, serve,
 };
 use nacre_core::{
     ResourcePath, SecretBytes,
@@ -20,7 +26,10 @@ use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
-    args::{BrokerAt, BrokerCommand, CollateralCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    args::{
+        CollateralCommand,
+        broker::{AuditCommand, BrokerAt, BrokerCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+    },
     commands::verify,
     exit::Missing,
     output,
@@ -33,16 +42,36 @@ const FILE_LIMIT: u64 = 4 << 20;
 
 pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
     match command {
-        BrokerCommand::Init { dir, allow_simulated, name } => init(dir, *allow_simulated, name),
+        BrokerCommand::Init {
+            dir,
+            allow_simulated,
+            name,
+            database,
+            database_password_file,
+            database_ca,
+            master_key,
+        } => {
+            let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+            let settings = Settings {
+                allow_simulated: *allow_simulated,
+                database: database.clone(),
+                database_password_file: absolute(database_password_file)?,
+                database_ca: absolute(database_ca)?,
+                master_key: master_key.clone(),
+                ..Settings::default()
+            };
+            init(dir, settings, name)
+        }
         BrokerCommand::Serve { dir, listen, insecure_http } => {
             let end = EndSignals::hold()?;
             let transport = if *insecure_http { Transport::PlainHttp } else { Transport::Tls };
-            let handle = serve(Arc::new(Broker::open(dir)?), *listen, transport)?;
+            let handle = serve(Arc::new(Broker::open_with(dir, &master::open)?), *listen, transport)?;
             output::line(format_args!("serving at {}", handle.url()))?;
             end.wait()?;
             handle.shutdown();
             Ok(())
         }
+        BrokerCommand::Master(command) => master::master(command),
         BrokerCommand::Resource(command) => resource(command),
         BrokerCommand::Policy(command) => policy(command),
         BrokerCommand::Reference(command) => reference(command),
@@ -58,13 +87,25 @@ pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
         BrokerCommand::Token { at } => {
             Ok(output::line(admin_token(&at.admin_key()?, &at.token_key()?, &subject(), TOKEN_SECONDS)?)?)
         }
-        BrokerCommand::Audit { json, after, at } => audit(*json, *after, at),
+        BrokerCommand::Audit { command: None, json, after, at } => audit::show(*json, *after, at),
+        BrokerCommand::Audit { command: Some(AuditCommand::Verify { head, json, at }), .. } => {
+            audit::verify(head.as_deref(), *json, at)
+        }
+        BrokerCommand::Lease(command) => tenure::lease(command),
+        BrokerCommand::Anchor(command) => tenure::anchor(command),
+        BrokerCommand::Admin(command) => admins::admin(command),
+        BrokerCommand::RotateTokenKey { at } => {
+            let pem = match Admin::of(at)? {
+                Admin::Local(broker) => broker.rotate_token_key()?.to_pem()?,
+                Admin::Remote(client) => client.rotate_token_key()?,
+            };
+            Ok(output::line(pem.trim_end())?)
+        }
     }
 }
 
-fn init(dir: &Path, allow_simulated: bool, names: &[String]) -> anyhow::Result<()> {
-    let settings = Settings { allow_simulated, ..Settings::default() };
-    Broker::init(dir, &InitOptions { names: names.to_vec(), settings })?;
+fn init(dir: &Path, settings: Settings, names: &[String]) -> anyhow::Result<()> {
+    Broker::init_with(dir, &InitOptions { names: names.to_vec(), settings }, &master::open)?;
     for (file, what) in [
         ("tls.crt", "pin it in guests (--broker-cert)"),
         ("token.pub", "pin it in guests (--broker-token-key)"),
@@ -84,7 +125,7 @@ enum Admin {
 
 impl Admin {
     fn of(at: &BrokerAt) -> anyhow::Result<Self> {
-        let Some(url) = &at.url else { return Ok(Self::Local(Box::new(Broker::open(&at.dir)?))) };
+        let Some(url) = &at.url else { return Ok(Self::Local(Box::new(Broker::open_with(&at.dir, &master::open)?))) };
         let certificate = at.cert.clone().unwrap_or_else(|| at.dir.join("tls.crt"));
         let pem = std::fs::read_to_string(&certificate)
             .with_context(|| format!("{}: the broker's certificate", certificate.display()))?;
@@ -126,12 +167,23 @@ fn read(path: &Path) -> anyhow::Result<SecretBytes> {
 
 fn resource(command: &ResourceCommand) -> anyhow::Result<()> {
     match command {
-        ResourceCommand::Put { path, file, at } => {
+        ResourceCommand::Put { path, file, kind, lease, at } => {
             let (path, value): (ResourcePath, _) = (path.parse()?, read(file)?);
+            let kind = kind.as_deref().map(ResourceKind::from_name).transpose()?;
+            let options = PutOptions { kind, lease_seconds: *lease };
             match Admin::of(at)? {
-                Admin::Local(broker) => Ok(broker.put_resource(&path, value.expose())?),
-                Admin::Remote(client) => Ok(client.put_resource(&path, value.expose())?),
-            }
+                Admin::Local(broker) => broker.put_resource_with(&path, value.expose(), options)?,
+                Admin::Remote(client) => client.put_resource_with(&path, value.expose(), options)?,
+            };
+            Ok(())
+        }
+        ResourceCommand::Rotate { path, at } => {
+            let path: ResourcePath = path.parse()?;
+            let version = match Admin::of(at)? {
+                Admin::Local(broker) => broker.rotate_resource(&path)?,
+                Admin::Remote(client) => client.rotate_resource(&path)?,
+            };
+            Ok(output::line(format_args!("version {version}"))?)
         }
         ResourceCommand::Rm { path, at } => {
             let path: ResourcePath = path.parse()?;
@@ -145,15 +197,23 @@ fn resource(command: &ResourceCommand) -> anyhow::Result<()> {
             }
             Ok(())
         }
-        ResourceCommand::Ls { json, at } => {
-            let names = match Admin::of(at)? {
-                Admin::Local(broker) => broker.resources()?,
+        ResourceCommand::Ls { long, json, at } => {
+            let found = match Admin::of(at)? {
+                Admin::Local(broker) => broker.resource_list("")?,
                 Admin::Remote(client) => client.resources()?,
             };
             if *json {
-                return output::json(&names);
+                return output::json(&found);
             }
-            Ok(names.iter().try_for_each(output::line)?)
+            if !long {
+                return Ok(found.iter().try_for_each(|resource| output::line(&resource.path))?);
+            }
+            let row = |resource: &Resource| {
+                let lease = resource.lease_seconds.map(|seconds| format!("{seconds} s")).unwrap_or_default();
+                vec![resource.path.clone(), resource.kind.name().into(), resource.version.to_string(), lease]
+            };
+            let rows: Vec<Vec<String>> = found.iter().map(row).collect();
+            Ok(output::table(&["PATH", "KIND", "VERSION", "LEASE"], &rows)?)
         }
     }
 }
@@ -175,6 +235,17 @@ fn policy(command: &PolicyCommand) -> anyhow::Result<()> {
                 Ok(with_scope(scope, |scope| Ok(client.set_resource_policy(scope, &text(file)?)?))?)
             }
         },
+        PolicyCommand::RmResource { scope, at } => {
+            match Admin::of(at)? {
+                Admin::Local(broker) => {
+                    if !broker.delete_resource_policy(scope)? {
+                        return Err(Missing("there is no policy of exactly this scope".into()).into());
+                    }
+                }
+                Admin::Remote(client) => with_scope(scope, |scope| Ok(client.delete_resource_policy(scope)?))?,
+            }
+            Ok(())
+        }
         PolicyCommand::ShowResource { scope, at } => {
             let policy = match Admin::of(at)? {
                 Admin::Local(broker) => {
@@ -219,37 +290,4 @@ fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
             output::json(&values.ok_or_else(|| Missing(format!("{name}: no reference value of this name")))?)
         }
     }
-}
-
-fn audit(json: bool, after: u64, at: &BrokerAt) -> anyhow::Result<()> {
-    let mut entries: Vec<AuditEntry> = Vec::new();
-    let admin = Admin::of(at)?;
-    loop {
-        let last = entries.last().map_or(after, |entry| entry.number);
-        let more = match &admin {
-            Admin::Local(broker) => broker.audit(last, 1000)?,
-            Admin::Remote(client) => client.audit(last)?,
-        };
-        if more.is_empty() {
-            break;
-        }
-        entries.extend(more);
-    }
-    if json {
-        return output::json(&entries);
-    }
-    let row = |entry: &AuditEntry| {
-        let time = OffsetDateTime::from_unix_timestamp(entry.time).ok().and_then(|time| time.format(&Rfc3339).ok());
-        let event = if entry.simulated { format!("{} (simulated)", entry.event) } else { entry.event.clone() };
-        vec![
-            entry.number.to_string(),
-            time.unwrap_or_default(),
-            event,
-            entry.actor.clone(),
-            entry.subject.clone(),
-            entry.detail.clone(),
-        ]
-    };
-    let rows: Vec<Vec<String>> = entries.iter().map(row).collect();
-    Ok(output::table(&["NUMBER", "TIME", "EVENT", "ACTOR", "SUBJECT", "DETAIL"], &rows)?)
 }
