@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{
     Bench, Part,
     served::{daemon, peak},
-    tree::{FIRST, SECOND},
+    tree::{FIRST, SECOND, UPDATE},
 };
 use crate::{
     bench::{
@@ -93,16 +93,20 @@ pub(super) fn cases(bench: &Bench) -> Result<Vec<Case>> {
         }
     }
     make(bench, &trees.reference(FIRST), &reference(bench, FIRST), &[])?;
-    let (_, second) = make(bench, &trees.reference(SECOND), &reference(bench, SECOND), &[reference(bench, FIRST)])?;
-    let peer_second = match &bench.nydus {
-        Some(nydus) => Some(nydus.build(SECOND, &trees.tree(SECOND), Some(FIRST))?.1 as f64),
-        None => None,
-    };
     let mib = |bytes: f64| bytes / f64::from(1 << 20);
     let list = |value: Option<f64>| value.map(mib).into_iter().collect::<Vec<_>>();
     let size = Case::compare_sizes("size", &[mib(number(&first, "new_bytes")?)], &list(peer_first), 1.05);
-    let more = Case::compare_sizes("what a second version adds", &[mib(added(&second)?)], &list(peer_second), 0.5);
-    let mut cases = vec![Case::against("build, encrypted, vs nydus-image", &seconds, &peer_seconds, 1.0), size, more];
+    let mut more = Vec::new();
+    for (version, name) in [(UPDATE, "what a point update adds"), (SECOND, "what changes at random add")] {
+        let from = [reference(bench, FIRST)];
+        let (_, report) = make(bench, &trees.reference(version), &reference(bench, version), &from)?;
+        let nydus = bench.nydus.as_ref();
+        let peer = nydus.map(|nydus| nydus.build(version, &trees.tree(version), Some(FIRST))).transpose()?;
+        let peer = list(peer.map(|(_, bytes)| bytes as f64));
+        more.push(Case::compare_sizes(name, &[mib(added(&report)?)], &peer, 0.5));
+    }
+    let mut cases = vec![Case::against("build, encrypted, vs nydus-image", &seconds, &peer_seconds, 1.0), size];
+    cases.extend(more);
     cases.extend(index(bench)?);
     Ok(cases)
 }

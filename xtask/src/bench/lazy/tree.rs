@@ -1,10 +1,10 @@
-//! What is mounted: a tree of this machine's /usr with a Python and a Node.js application in it, the same each time, and a second version of it. As a
-//! directory, as tars, and as an OCI layout with the tags [`FIRST`] and [`SECOND`]. Made once, kept below target/bench.
+//! What is mounted: a tree of this machine's /usr with a Python and a Node.js application in it, the same each time, and later versions of it. As
+//! directories, as tars, and as an OCI layout with the tags [`FIRST`], [`UPDATE`] and [`SECOND`]. Made once, kept below target/bench.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    hash::{DefaultHasher, Hash as _, Hasher as _},
+    hash::{DefaultHasher, Hasher as _},
     io::Write as _,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
@@ -18,6 +18,9 @@ use super::super::image::{add_blob, add_manifest, choose, sha256};
 use crate::run::{find, output, run};
 
 pub(super) const FIRST: &str = "first";
+/// What a point update of the distribution makes of it.
+pub(super) const UPDATE: &str = "update";
+/// One in which files changed at random.
 pub(super) const SECOND: &str = "second";
 /// Their layers: most of the tree, and the applications.
 const LAYERS: &[&str] = &["usr", "app"];
@@ -89,7 +92,7 @@ impl Trees {
 pub(super) fn prepare(cache: &Path, megabytes: u64) -> Result<Trees> {
     let place = cache.join(format!("lazy-{megabytes}"));
     let trees = Trees { layout: place.join("layout"), place };
-    let mark = trees.place.join("complete");
+    let mark = trees.place.join("complete-2");
     if mark.exists() {
         return Ok(trees);
     }
@@ -101,8 +104,9 @@ pub(super) fn prepare(cache: &Path, megabytes: u64) -> Result<Trees> {
     fs::write(trees.layout.join("index.json"), r#"{"schemaVersion":2,"manifests":[]}"#)?;
     eprintln!("making the tree");
     first(&trees.tree(FIRST), megabytes)?;
+    update(&trees.tree(FIRST), &trees.tree(UPDATE))?;
     second(&trees.tree(FIRST), &trees.tree(SECOND))?;
-    for version in [FIRST, SECOND] {
+    for version in [FIRST, UPDATE, SECOND] {
         eprintln!("making the image of the {version} version");
         make(&trees, version)?;
     }
@@ -184,9 +188,72 @@ fn first(tree: &Path, megabytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// As an update does it: of a hundred files five are changed, one is gone, and one is new.
+/// As a point update does it: of one package in twenty each program and library is built anew, its changelogs are longer, and one in ten of its other
+/// files is changed. What belongs to no package stays. Where there are no packages of dpkg's, one directory in twenty is taken for one.
+fn update(from: &Path, to: &Path) -> Result<()> {
+    copy(from, to)?;
+    for (name, files) in packages(to)? {
+        if pick(&name, 20) != 0 {
+            continue;
+        }
+        for path in files {
+            let program = fs::read(to.join(&path))?.starts_with(b"\x7fELF");
+            let changelog = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("changelog"));
+            if program || changelog || pick(&path, 10) == 0 {
+                change(&to.join(&path), &to.join(&path))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    run(Command::new("cp").arg("-a").arg("--reflink=auto").arg(from).arg(to)).map(drop)
+}
+
+/// One of so many, always the same for the same name.
+fn pick(name: &impl std::hash::Hash, many: u64) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish() % many
+}
+
+/// Packages, and the files of a tree that they have, by their paths in it.
+fn packages(tree: &Path) -> Result<BTreeMap<PathBuf, Vec<PathBuf>>> {
+    let mut packages = BTreeMap::<PathBuf, Vec<PathBuf>>::new();
+    let is_file = |path: &Path| fs::symlink_metadata(tree.join(path)).is_ok_and(|file| file.is_file());
+    for list in fs::read_dir("/var/lib/dpkg/info").into_iter().flatten().flatten() {
+        if list.path().extension().is_none_or(|extension| extension != "list") {
+            continue;
+        }
+        let text = fs::read_to_string(list.path())?;
+        // Names may be those of before /lib and /bin were links into /usr.
+        let paths = text.lines().map(|line| line.trim_start_matches('/'));
+        let paths = paths.map(|path| if path.starts_with("usr/") { path.into() } else { Path::new("usr").join(path) });
+        packages.insert(list.file_name().into(), paths.filter(|path| is_file(path)).collect());
+    }
+    if packages.is_empty() {
+        let mut pending = vec![tree.join("usr")];
+        while let Some(directory) = pending.pop() {
+            let name = directory.strip_prefix(tree)?.to_owned();
+            for entry in fs::read_dir(&directory)? {
+                let entry = entry?;
+                match entry.file_type()? {
+                    kind if kind.is_dir() => pending.push(entry.path()),
+                    kind if kind.is_file() => {
+                        packages.entry(name.clone()).or_default().push(name.join(entry.file_name()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(packages)
+}
+
+/// Of a hundred files five are changed, one is gone, and one is new, wherever they are.
 fn second(from: &Path, to: &Path) -> Result<()> {
-    run(Command::new("cp").arg("-a").arg("--reflink=auto").arg(from).arg(to))?;
+    copy(from, to)?;
     let mut pending = vec![to.join("usr")];
     while let Some(directory) = pending.pop() {
         for entry in fs::read_dir(&directory)? {
@@ -199,9 +266,7 @@ fn second(from: &Path, to: &Path) -> Result<()> {
             if !metadata.is_file() || metadata.len() == 0 {
                 continue;
             }
-            let mut hasher = DefaultHasher::new();
-            path.strip_prefix(to)?.hash(&mut hasher);
-            match hasher.finish() % 100 {
+            match pick(&path.strip_prefix(to)?, 100) {
                 0..5 => change(&path, &path)?,
                 5 => fs::remove_file(path)?,
                 6 => change(&path, &path.with_file_name(format!("{}.new", entry.file_name().display())))?,
