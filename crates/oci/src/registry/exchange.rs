@@ -25,6 +25,9 @@ use crate::source::TransportError;
 
 /// The most bytes of an answer that says what went wrong.
 const ERROR_BODY_LIMIT: u64 = 64 << 10;
+/// What is read of an answer that nobody wants, at most.
+const LEFTOVER: u64 = 4096;
+const LEFTOVER_READS: usize = 8;
 /// Bytes of the buffers of one connection, each way.
 const BUFFER: usize = 256 << 10;
 
@@ -88,9 +91,12 @@ pub(crate) struct Response {
     pub(crate) body: Body,
 }
 
-/// A body on its way in, which fails when it comes too slowly. Only time spent waiting for the peer counts.
+/// A body on its way in, which fails when it comes too slowly. Only time spent waiting for the peer counts. What little is left when nobody
+/// wants more is read all the same, since a connection is used again only when the end of its answer was seen.
 pub(crate) struct Body {
     reader: BodyReader<'static>,
+    /// Bytes that are still to come, where the peer said how many there are.
+    left: Option<u64>,
     /// The span over which `slowest` bytes must come.
     span: Duration,
     slowest: u64,
@@ -99,10 +105,24 @@ pub(crate) struct Body {
 }
 
 impl Body {
-    fn new(reader: BodyReader<'static>, config: &ClientConfig) -> Self {
+    fn new(reader: BodyReader<'static>, length: Option<u64>, config: &ClientConfig) -> Self {
         let span = config.stall_timeout;
         let slowest = span.as_secs().max(1).saturating_mul(config.slowest_rate);
-        Self { reader, span, slowest, waited: Duration::ZERO, came: 0 }
+        Self { reader, left: length, span, slowest, waited: Duration::ZERO, came: 0 }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if self.left.is_some_and(|left| left <= LEFTOVER) {
+            let mut rest = [0; 4096];
+            // As often as it takes for what was announced, and once for its end.
+            for _ in 0..LEFTOVER_READS {
+                if !matches!(self.reader.read(&mut rest), Ok(1..)) {
+                    break;
+                }
+            }
+        }
     }
 }
 
@@ -112,6 +132,7 @@ impl Read for Body {
         let count = self.reader.read(buffer)?;
         self.waited += start.elapsed();
         self.came += count as u64;
+        self.left = self.left.map(|left| left.saturating_sub(count as u64));
         if self.waited >= self.span {
             if self.came < self.slowest {
                 let words = format!("the peer is too slow: {} bytes in {:.1} s", self.came, self.waited.as_secs_f32());
@@ -239,7 +260,8 @@ impl Http {
         if let Some(encoding) = parts.headers.get(header::CONTENT_ENCODING).filter(|value| *value != "identity") {
             return Err(Failure::Protocol(format!("{url}: content encoding {encoding:?}, which was not asked for")));
         }
-        let body = Body::new(body.into_with_config().limit(u64::MAX).reader(), &self.config);
+        let length = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let body = Body::new(body.into_with_config().limit(u64::MAX).reader(), length, &self.config);
         Ok(Response { status: parts.status.as_u16(), headers: parts.headers, url: url.clone(), body })
     }
 

@@ -62,12 +62,7 @@ fn request(remote: &Remote, descriptor: &Descriptor, offset: u64, out: &mut [u8]
     response
         .body
         .read_exact(out)
-        .map_err(|error| Failure::Network(format!("{}: {}", response.url, describe_io(&error))))?;
-    // The connection is free for the next request only when the end of the answer was seen. What is wanted is here, whatever comes of it.
-    if response.status == 206 {
-        let _ = response.body.read(&mut [0]);
-    }
-    Ok(())
+        .map_err(|error| Failure::Network(format!("{}: {}", response.url, describe_io(&error))))
 }
 
 fn check_range(response: &Response, descriptor: &Descriptor, offset: u64, last: u64) -> Result<(), Failure> {

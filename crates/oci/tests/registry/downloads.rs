@@ -345,7 +345,7 @@ fn messages_of_the_peer_carry_no_control_characters() {
 }
 
 #[test]
-fn reads_of_parts_share_a_connection() {
+fn requests_share_a_connection() {
     let blob = noise(100_000);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let name = format!("{}/a/b:v1", listener.local_addr().unwrap());
@@ -356,9 +356,9 @@ fn reads_of_parts_share_a_connection() {
             let mut stream = BufReader::new(stream.unwrap());
             let mut fresh = true;
             while let Some(range) = asked(&mut stream) {
+                counted.fetch_add(usize::from(std::mem::take(&mut fresh)), Ordering::SeqCst);
                 let (head, part) = match range {
                     Some((first, last)) => {
-                        counted.fetch_add(usize::from(std::mem::take(&mut fresh)), Ordering::SeqCst);
                         let head =
                             format!("206 Partial Content\r\nContent-Range: bytes {first}-{last}/{}", served.len());
                         (head, &served[first..=last])
