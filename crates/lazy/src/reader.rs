@@ -30,6 +30,7 @@ use crate::{
     trace::Recorder,
 };
 
+pub(crate) use guess::Ahead;
 use guess::Guesses;
 pub use prefetch::Prefetched;
 #[cfg(feature = "build")]

@@ -30,7 +30,7 @@ use crate::{
     fetch::Wanted,
     format::{ChunkEntry, FormatError},
     pace::Urgency,
-    reader::{Failure, ReadError, Shared},
+    reader::{Ahead, Failure, ReadError, Shared},
     source::{BlobId, Blobs},
 };
 
@@ -51,6 +51,9 @@ pub struct IndexReader {
     make_file: Box<MakeFile>,
     spools: Mutex<HashMap<u64, Arc<Spool>>>,
     decoding: Vec<Mutex<()>>,
+    /// Where the span ends that was decoded last, for readers that go on there.
+    last: AtomicU64,
+    ahead: Ahead,
     read_bytes: AtomicU64,
     failure: Mutex<Option<Failure>>,
 }
@@ -86,6 +89,8 @@ impl IndexReader {
             make_file,
             spools: Mutex::default(),
             decoding: (0..LOCKS).map(|_| Mutex::default()).collect(),
+            last: AtomicU64::new(u64::MAX),
+            ahead: Ahead::default(),
             read_bytes: AtomicU64::new(0),
             failure: Mutex::default(),
         }
@@ -209,8 +214,9 @@ impl IndexReader {
             return Ok(kept);
         }
         // What it looks back at comes in a request of its own, at the same time.
-        let (mut wanted, ahead) = (vec![self.wanted(span)?], self.access.windows_after(page, number)?);
+        let (mut wanted, mut ahead) = (vec![self.wanted(span)?], self.access.windows_after(page, number)?);
         wanted.extend(self.access.window_of(span));
+        ahead.extend(self.following(span, page, number)?);
         let mut fetched = self.access.fetch(&wanted, &ahead, Urgency::Waited)?.into_iter();
         let stored = self.decrypt(span, fetched.next().unwrap_or_default())?;
         let window = fetched.next().map(|mut window| self.access.pages.open_window(span, &mut window)).transpose()?;
@@ -218,6 +224,19 @@ impl IndexReader {
         let tar = Arc::new(tar);
         self.access.shared.keep(&entry, Arc::clone(&tar));
         Ok(tar)
+    }
+
+    /// The spans that a sequential reader wants next, of the same page.
+    fn following(&self, span: &Span, page: usize, number: usize) -> Result<Vec<Wanted>, ReadError> {
+        let sequential = self.last.swap(span.end(), Ordering::Relaxed) == span.address.get();
+        let (ahead, mut bytes) = (self.ahead.next(sequential), 0);
+        let Page::Spans(spans) = self.access.page(Which::Spans, page)? else { return Ok(Vec::new()) };
+        let following = spans.iter().skip(number + 1).take_while(|next| {
+            let wanted = bytes < ahead;
+            bytes += u64::from(next.stored.get());
+            wanted
+        });
+        following.map(|next| self.wanted(next)).collect()
     }
 
     /// What a decoded span is kept by: it would not be the same for anybody who has another one of these.

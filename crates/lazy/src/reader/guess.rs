@@ -29,11 +29,26 @@ const ONE_IN: u64 = 7;
 /// The most guesses that are open.
 const MOST_OPEN: usize = 4096;
 
+/// How much is fetched ahead of a reader that goes on where it left off.
+#[derive(Default)]
+pub(crate) struct Ahead(AtomicU64);
+
+impl Ahead {
+    /// For a read that misses something.
+    pub(crate) fn next(&self, sequential: bool) -> u64 {
+        let ahead = match self.0.load(Ordering::Relaxed) {
+            _ if !sequential => 0,
+            before => (before * 2).clamp(AHEAD, MOST_AHEAD),
+        };
+        self.0.store(ahead, Ordering::Relaxed);
+        ahead
+    }
+}
+
 /// How well it was guessed so far.
 #[derive(Default)]
 pub(super) struct Guesses {
-    /// How much is fetched ahead of a sequential reader.
-    ahead: AtomicU64,
+    ahead: Ahead,
     record: Mutex<Record>,
 }
 
@@ -67,23 +82,13 @@ impl Guesses {
             record.open_bytes -= u64::from(stored);
         }
     }
-
-    /// How much of what follows a sequential reader is to be fetched.
-    fn ahead(&self, sequential: bool) -> u64 {
-        let ahead = match self.ahead.load(Ordering::Relaxed) {
-            _ if !sequential => 0,
-            before => (before * 2).clamp(AHEAD, MOST_AHEAD),
-        };
-        self.ahead.store(ahead, Ordering::Relaxed);
-        ahead
-    }
 }
 
 impl Reader {
     /// Adds to what a read misses what is likely to be wanted after it, if it is not in the cache. What was added is fetched into the
     /// cache, and not given back.
     pub(super) fn guess(&self, end: u64, sequential: bool, wanted: &mut Vec<Wanted>) {
-        let ahead = self.guesses.ahead(sequential);
+        let ahead = self.guesses.ahead.next(sequential);
         if sequential {
             self.look_ahead(end, ahead, wanted);
         } else {

@@ -483,3 +483,23 @@ fn long_frames_are_decoded_into_files_once() {
     registry.blobs.lock().unwrap().get_mut(&pushed.layers[0].digest).unwrap()[9_000_000] ^= 1;
     assert!(found == walk(&opened), "and when it is right again, it is read");
 }
+
+#[test]
+fn a_sequential_reader_has_spans_fetched_ahead() {
+    let text = |at| noise(at, 1_000_000).iter().map(|byte| b'a' + byte % 16).collect::<Vec<u8>>();
+    let tar = layer((0..6).map(|at| Entry::file(format!("{at:02}"), text(at))).collect::<Vec<_>>());
+    let stored = [Stored::new(&tar, Compression::Gzip, gzip(&tar, 6))];
+    let registry = Arc::new(Registry::default());
+    let pushed = index(&registry, &stored, false).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let opened = open(&registry, &pushed, &stored, &shared(Some(directory.path())));
+    let size = opened.reader.size();
+    let requests = || registry.requests.load(std::sync::atomic::Ordering::Relaxed);
+    let (before, spans) = (requests(), pushed.report[0].spans);
+    for offset in (0..size).step_by(128 << 10) {
+        let length = usize::try_from((size - offset).min(128 << 10)).unwrap();
+        opened.reader.read_at(offset, &mut vec![0; length]).unwrap();
+    }
+    let requests = requests() - before;
+    assert!(requests * 2 < spans, "{requests} requests for {spans} spans");
+}
