@@ -11,11 +11,11 @@ use nacre_core::{Digest, Hasher};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
-    format::{BlobEntry, ChunkEntry, Cipher, FormatError, LeafEntry, Summary},
+    format::{BlobEntry, Cipher, FormatError, LeafEntry, Summary},
     frames::{FrameError, FrameReader},
     keys::MetadataKey,
     source::{BlobId, SourceError},
-    table::Leaves,
+    table::{Leaf, Leaves},
     trace,
 };
 
@@ -181,7 +181,7 @@ pub enum TableError {
 pub struct Table {
     leaves: Leaves,
     blob: BlobId,
-    kept: Mutex<VecDeque<(u32, Arc<[ChunkEntry]>)>>,
+    kept: Mutex<VecDeque<(u32, Arc<Leaf>)>>,
     /// The image's trace, until it is followed.
     trace: Mutex<Vec<u64>>,
 }
@@ -232,7 +232,7 @@ impl Table {
         &self,
         leaf: u32,
         read: impl Fn(u64, &mut [u8], u32) -> Result<(), SourceError>,
-    ) -> Result<Arc<[ChunkEntry]>, TableError> {
+    ) -> Result<Arc<Leaf>, TableError> {
         if let Some(entries) = self.kept(leaf) {
             return Ok(entries);
         }
@@ -248,7 +248,7 @@ impl Table {
             for (number, range) in (leaf..last).zip(&ranges) {
                 let place = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
                 let stored = bytes.get(place(range.start)..place(range.end)).unwrap_or_default().to_vec();
-                let opened = self.leaves.open(number, stored);
+                let opened = self.leaves.open(number, stored).map(Arc::new);
                 if let Ok(entries) = &opened {
                     self.keep(number, Arc::clone(entries));
                 }
@@ -266,7 +266,7 @@ impl Table {
         }
     }
 
-    fn kept(&self, leaf: u32) -> Option<Arc<[ChunkEntry]>> {
+    fn kept(&self, leaf: u32) -> Option<Arc<Leaf>> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let at = kept.iter().position(|(number, _)| *number == leaf)?;
         // What was used last stands in front.
@@ -276,7 +276,7 @@ impl Table {
         Some(entries)
     }
 
-    fn keep(&self, leaf: u32, entries: Arc<[ChunkEntry]>) {
+    fn keep(&self, leaf: u32, entries: Arc<Leaf>) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.iter().any(|(number, _)| *number == leaf) {
             return;

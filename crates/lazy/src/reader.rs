@@ -27,6 +27,7 @@ use crate::{
     image::{Table, TableError},
     pace::Urgency,
     source::{BlobId, Blobs},
+    table::Leaf,
     trace::Recorder,
 };
 
@@ -386,7 +387,7 @@ impl Reader {
         Ok(parts)
     }
 
-    fn leaf(&self, leaf: u32) -> Result<Arc<[ChunkEntry]>, TableError> {
+    fn leaf(&self, leaf: u32) -> Result<Arc<Leaf>, TableError> {
         self.table.leaf(leaf, |offset, out, attempt| {
             let (fetcher, blob) = (&self.shared.fetcher, self.table.blob());
             // The cache is believed no more than the registry: the leaf's digest tells.

@@ -1,11 +1,12 @@
 //! The chunk table: leaves of entries, each verified against its digest in the metadata before it is used.
 
-use std::sync::Arc;
+use std::ops::Deref;
 
 use nacre_core::aead::AeadKey;
 use zerocopy::FromBytes as _;
 #[cfg(feature = "build")]
 use zerocopy::IntoBytes as _;
+use zeroize::Zeroizing;
 
 use crate::{
     chunk::sha256,
@@ -50,6 +51,18 @@ impl LeafSealer {
         let offset = entries.first().map_or(0, |entry| entry.offset.get());
         let entry = LeafEntry { offset: offset.into(), digest: sha256(&leaf) };
         (leaf, entry)
+    }
+}
+
+/// The entries of a leaf, which was verified. Keys of chunks are in them, and so they are wiped.
+pub struct Leaf(Zeroizing<Vec<u8>>);
+
+impl Deref for Leaf {
+    type Target = [ChunkEntry];
+
+    fn deref(&self) -> &[ChunkEntry] {
+        // Whole entries: the length was compared.
+        <[ChunkEntry]>::ref_from_bytes(&self.0).unwrap_or_default()
     }
 }
 
@@ -109,7 +122,8 @@ impl Leaves {
     ///
     /// # Errors
     /// [`FormatError`]
-    pub fn open(&self, leaf: u32, mut stored: Vec<u8>) -> Result<Arc<[ChunkEntry]>, FormatError> {
+    pub fn open(&self, leaf: u32, stored: Vec<u8>) -> Result<Leaf, FormatError> {
+        let mut stored = Zeroizing::new(stored);
         let number = leaf as usize;
         let Some(expected) = self.index.get(number) else {
             return Err(FormatError::field("leaf index", "leaf", leaf.into(), "one of the table's"));
@@ -119,22 +133,23 @@ impl Leaves {
             let (found, expected) = (hex(&found), hex(&expected.digest));
             return Err(FormatError::Digest { part: "leaf", index: leaf.into(), found, expected });
         }
-        let plain: &[u8] = match &self.key {
-            None => &stored,
+        let plain = match &self.key {
+            None => stored.len(),
             Some(key) => key
                 .open(counter(leaf.into()), b"leaf", &mut stored)
-                .map_err(|_| FormatError::Sealed { part: "leaf", index: leaf.into() })?,
+                .map_err(|_| FormatError::Sealed { part: "leaf", index: leaf.into() })?
+                .len(),
         };
         let range = self.range(leaf);
         let length = range.end - range.start - self.cipher.overhead() as u64;
-        let entries = <[ChunkEntry]>::ref_from_bytes(plain).ok().filter(|_| plain.len() as u64 == length);
-        let Some(entries) = entries else {
-            let found = plain.len() as u64;
-            return Err(FormatError::Length { part: "leaf", found, expected: length });
-        };
+        if plain as u64 != length || !plain.is_multiple_of(size_of::<ChunkEntry>()) {
+            return Err(FormatError::Length { part: "leaf", found: plain as u64, expected: length });
+        }
+        stored.truncate(plain);
+        let entries = Leaf(stored);
         let end = self.index.get(number + 1).map_or(self.summary.device_bytes.get(), |next| next.offset.get());
-        self.check(entries, expected.offset.get(), end)?;
-        Ok(entries.into())
+        self.check(&entries, expected.offset.get(), end)?;
+        Ok(entries)
     }
 
     fn check(&self, entries: &[ChunkEntry], start: u64, end: u64) -> Result<(), FormatError> {
