@@ -1,9 +1,11 @@
 //! The ports between a TEE and the rest: an [`Attester`] in the guest makes evidence, a [`Verifier`] at the broker checks it.
 
+use std::sync::Arc;
+
 use nacre_core::Verified;
 use serde_json::Value;
 
-use crate::initdata::InitData;
+use crate::{eventlog::runtime::RuntimeLog, initdata::InitData};
 
 /// Evidence could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +32,32 @@ pub enum AttesterError {
         /// Why.
         source: nacre_core::jose::JoseError,
     },
+    /// The TEE does not have the init data.
+    #[error(
+        "{tee}: this guest was started with init data of digest {measured}, and is given init data of digest {given}: start it with those, or give it the others"
+    )]
+    InitData {
+        /// The TEE.
+        tee: &'static str,
+        /// Of what was given, hex.
+        given: String,
+        /// In the TEE's field, hex.
+        measured: String,
+    },
+    /// The TEE is not as it should be.
+    #[error("{tee}: {why}")]
+    Refused {
+        /// The TEE.
+        tee: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// The TPM did not do it.
+    #[error("tpm: {0}")]
+    Tpm(#[from] nacre_tpm::TpmError),
+    /// The event log cannot be used.
+    #[error(transparent)]
+    Log(#[from] crate::eventlog::runtime::RuntimeLogError),
 }
 
 /// Makes evidence, in the guest.
@@ -45,6 +73,11 @@ pub trait Attester: Send + Sync {
 
     /// The init data that the TEE was started with and that its evidence is bound to.
     fn init_data(&self) -> Option<&InitData>;
+
+    /// The event log that run-time events are recorded in, where the TEE has a register for them.
+    fn runtime_log(&self) -> Option<&Arc<RuntimeLog>> {
+        None
+    }
 
     /// Whether this is no TEE at all but a simulation of one.
     fn simulated(&self) -> bool {

@@ -7,6 +7,7 @@
 //! | [`evidence`] | the ports [`Attester`](evidence::Attester) and [`Verifier`](evidence::Verifier), and what verified evidence says |
 //! | [`eventlog`] | event logs of firmware and of run time: parsed, replayed, written |
 //! | [`snp_report`] | the report of SEV-SNP, in bytes and in JSON |
+//! | [`attesters`] | evidence from the devices of real TEEs |
 //! | [`sim`] | the simulated TEE, for demos and tests |
 //! | [`ear`] | attestation results: EAR tokens |
 //! | [`client`] | the guest's side: attest, fetch keys, know the time |
@@ -15,6 +16,7 @@
 //! Invariants: nothing here decides a policy; evidence counts only as [`nacre_core::Verified`]; the TEE key never leaves memory; whatever
 //! is simulated says so in its evidence, its token and its messages. Formats: `docs/formats/attestation.md`.
 
+pub mod attesters;
 pub mod client;
 pub mod ear;
 pub mod eventlog;

@@ -1,9 +1,7 @@
 //! Anchors: what a TPM answers, and how people spell one.
 
-use nacre_anchor::{
-    AnchorSpec,
-    tpm::response::{self, Response},
-};
+use nacre_anchor::AnchorSpec;
+use nacre_tpm::response::{self, Response};
 
 use crate::texts;
 

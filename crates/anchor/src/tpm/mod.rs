@@ -36,38 +36,16 @@
 mod client;
 mod content;
 mod keys;
-pub mod response;
-mod session;
-mod transport;
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, sync::Mutex};
+use std::{fmt, str::FromStr, sync::Arc, sync::Mutex};
 
 use nacre_core::{Anchor, AnchorError, AnchorState, SecretArray, SecretBytes};
 
-pub use client::TpmError;
-use client::{Found, Tpm};
+use client::{Found, Index};
 use keys::Keys;
-pub use response::WireError;
+pub use nacre_tpm::{TpmAddress, TpmError, WireError};
 
 use crate::file::compare;
-
-/// Where a TPM is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TpmAddress {
-    /// A character device, or a unix socket that swtpm serves (`--server type=unixio`): what is there decides.
-    Path(PathBuf),
-    /// A TCP address that swtpm serves (`--server type=tcp`), as `host:port`.
-    Tcp(String),
-}
-
-impl fmt::Display for TpmAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => path.display().fmt(f),
-            Self::Tcp(address) => f.write_str(address),
-        }
-    }
-}
 
 /// The number of an NV index, in the range that the TCG leaves to owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,10 +113,10 @@ impl TpmAnchor {
         })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Tpm) -> Result<T, Failure>) -> Result<T, AnchorError> {
+    fn with<T>(&self, work: impl FnOnce(&mut Index) -> Result<T, Failure>) -> Result<T, AnchorError> {
         // A thread that died held nothing that could be half done: what counts is in the TPM.
         let _turn = self.turn.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let result = Tpm::open(&self.address).map_err(Failure::Tpm).and_then(|mut tpm| {
+        let result = Index::open(&self.address).map_err(Failure::Tpm).and_then(|mut tpm| {
             let result = work(&mut tpm);
             tpm.end();
             result
@@ -147,6 +125,12 @@ impl TpmAnchor {
         result.map_err(|failure| match failure {
             Failure::Anchor(error) => error,
             Failure::Content(what) => AnchorError::Untrusted { anchor, what: what.into() },
+            Failure::NotOurs { command, code } => AnchorError::Untrusted {
+                anchor,
+                what: format!(
+                    "{command}: the TPM does not accept this disk's key (0x{code:03x}): the index is another disk's, or somebody defined it anew"
+                ),
+            },
             Failure::Tpm(error) if error.is_distrust() => AnchorError::Untrusted { anchor, what: error.to_string() },
             Failure::Tpm(error) => {
                 AnchorError::Failed { anchor, what: "the TPM did not do it".into(), source: Arc::new(error) }
@@ -155,7 +139,7 @@ impl TpmAnchor {
     }
 
     /// The index, and what it holds; `None` where it is not there, or was never written.
-    fn read_with(&self, tpm: &mut Tpm) -> Result<(Option<Found>, Option<AnchorState>), Failure> {
+    fn read_with(&self, tpm: &mut Index) -> Result<(Option<Found>, Option<AnchorState>), Failure> {
         let Some(found) = tpm.find(self.index)? else { return Ok((None, None)) };
         found.check(self.index).map_err(Failure::Content)?;
         let state = match found.is_written() {
@@ -165,12 +149,12 @@ impl TpmAnchor {
         Ok((Some(found), state))
     }
 
-    fn content(&self, tpm: &mut Tpm, found: &Found) -> Result<AnchorState, Failure> {
+    fn content(&self, tpm: &mut Index, found: &Found) -> Result<AnchorState, Failure> {
         let bytes = tpm.read(self.index, found, &self.keys)?;
         content::open(&bytes, self.index, &self.keys).map_err(Failure::Content)
     }
 
-    fn advance_with(&self, tpm: &mut Tpm, expected: Option<&AnchorState>, next: &AnchorState) -> Result<(), Failure> {
+    fn advance_with(&self, tpm: &mut Index, expected: Option<&AnchorState>, next: &AnchorState) -> Result<(), Failure> {
         let (found, state) = self.read_with(tpm)?;
         compare(expected, state.as_ref(), &self.describe()).map_err(Failure::Anchor)?;
         let found = match found {
@@ -187,6 +171,13 @@ impl TpmAnchor {
 enum Failure {
     /// The TPM, or the way to it.
     Tpm(TpmError),
+    /// The index does not know our key.
+    NotOurs {
+        /// The command.
+        command: &'static str,
+        /// The TPM's code.
+        code: u32,
+    },
     /// What the index is or holds.
     Content(&'static str),
     /// What was found is not what was expected.

@@ -16,28 +16,48 @@ use nacre_core::SecretBytes;
 use ring::{digest, hmac};
 use zeroize::Zeroizing;
 
-use super::response::{self, WireError};
+use crate::response::{self, WireError};
 
 /// A command of the TPM.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Command {
+pub struct Command {
     code: u32,
     /// As the standard calls it.
-    pub(super) name: &'static str,
+    pub name: &'static str,
 }
 
-pub(super) const NV_UNDEFINE_SPACE: Command = Command { code: 0x0122, name: "TPM2_NV_UndefineSpace" };
-pub(super) const NV_DEFINE_SPACE: Command = Command { code: 0x012a, name: "TPM2_NV_DefineSpace" };
-pub(super) const NV_WRITE: Command = Command { code: 0x0137, name: "TPM2_NV_Write" };
-pub(super) const NV_READ: Command = Command { code: 0x014e, name: "TPM2_NV_Read" };
-pub(super) const FLUSH_CONTEXT: Command = Command { code: 0x0165, name: "TPM2_FlushContext" };
-pub(super) const NV_READ_PUBLIC: Command = Command { code: 0x0169, name: "TPM2_NV_ReadPublic" };
-pub(super) const START_AUTH_SESSION: Command = Command { code: 0x0176, name: "TPM2_StartAuthSession" };
-pub(super) const GET_CAPABILITY: Command = Command { code: 0x017a, name: "TPM2_GetCapability" };
+/// Removes an index.
+pub const NV_UNDEFINE_SPACE: Command = Command { code: 0x0122, name: "TPM2_NV_UndefineSpace" };
+/// Defines an index.
+pub const NV_DEFINE_SPACE: Command = Command { code: 0x012a, name: "TPM2_NV_DefineSpace" };
+/// Writes an index.
+pub const NV_WRITE: Command = Command { code: 0x0137, name: "TPM2_NV_Write" };
+/// Reads an index.
+pub const NV_READ: Command = Command { code: 0x014e, name: "TPM2_NV_Read" };
+/// Forgets a session or an object.
+pub const FLUSH_CONTEXT: Command = Command { code: 0x0165, name: "TPM2_FlushContext" };
+/// What an index is.
+pub const NV_READ_PUBLIC: Command = Command { code: 0x0169, name: "TPM2_NV_ReadPublic" };
+/// Starts a session.
+pub const START_AUTH_SESSION: Command = Command { code: 0x0176, name: "TPM2_StartAuthSession" };
+/// What the TPM has.
+pub const GET_CAPABILITY: Command = Command { code: 0x017a, name: "TPM2_GetCapability" };
+/// Makes a key from a hierarchy's seed.
+pub const CREATE_PRIMARY: Command = Command { code: 0x0131, name: "TPM2_CreatePrimary" };
+/// Signs PCRs.
+pub const QUOTE: Command = Command { code: 0x0158, name: "TPM2_Quote" };
+/// The public half of a key.
+pub const READ_PUBLIC: Command = Command { code: 0x0173, name: "TPM2_ReadPublic" };
+/// Reads PCRs.
+pub const PCR_READ: Command = Command { code: 0x017e, name: "TPM2_PCR_Read" };
+/// Extends a PCR.
+pub const PCR_EXTEND: Command = Command { code: 0x0182, name: "TPM2_PCR_Extend" };
 
 const TAG_PLAIN: u16 = 0x8001;
 const TAG_SESSIONS: u16 = 0x8002;
 const RH_NULL: u32 = 0x4000_0007;
+/// A password in place of a session.
+const RS_PW: u32 = 0x4000_0009;
 const ALG_XOR: u16 = 0x000a;
 const ALG_SHA256: u16 = 0x000b;
 const NONCE_LEN: usize = 32;
@@ -48,40 +68,45 @@ const DECRYPT: u8 = 0x20;
 
 /// Numbers and byte strings as a TPM wants them.
 #[derive(Default)]
-pub(super) struct Writer(Zeroizing<Vec<u8>>);
+pub struct Writer(Zeroizing<Vec<u8>>);
 
 impl Writer {
-    pub(super) fn byte(mut self, value: u8) -> Self {
+    /// One byte.
+    pub fn byte(mut self, value: u8) -> Self {
         self.0.push(value);
         self
     }
 
-    pub(super) fn short(self, value: u16) -> Self {
+    /// Two bytes.
+    pub fn short(self, value: u16) -> Self {
         self.raw(&value.to_be_bytes())
     }
 
-    pub(super) fn long(self, value: u32) -> Self {
+    /// Four bytes.
+    pub fn long(self, value: u32) -> Self {
         self.raw(&value.to_be_bytes())
     }
 
-    pub(super) fn raw(mut self, bytes: &[u8]) -> Self {
+    /// Bytes as they are.
+    pub fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
     /// A length, and that many bytes. All that we send is a few hundred bytes at most.
-    pub(super) fn sized(self, bytes: &[u8]) -> Self {
+    pub fn sized(self, bytes: &[u8]) -> Self {
         let Ok(length) = u16::try_from(bytes.len()) else { unreachable!("no field of ours has 64 KiB") };
         self.short(length).raw(bytes)
     }
 
-    pub(super) fn done(self) -> Zeroizing<Vec<u8>> {
+    /// All of it.
+    pub fn done(self) -> Zeroizing<Vec<u8>> {
         self.0
     }
 }
 
 /// A command without authorization.
-pub(super) fn plain(command: Command, body: &[u8]) -> Zeroizing<Vec<u8>> {
+pub fn plain(command: Command, body: &[u8]) -> Zeroizing<Vec<u8>> {
     framed(TAG_PLAIN, command, body)
 }
 
@@ -92,8 +117,15 @@ fn framed(tag: u16, command: Command, body: &[u8]) -> Zeroizing<Vec<u8>> {
     Writer::default().short(tag).long(length).long(command.code).raw(body).done()
 }
 
+/// A command that somebody without a password authorizes: of an empty hierarchy, or of a PCR. `handle` is what he is asked for.
+pub fn by_empty_password(command: Command, handle: u32, parameters: &[u8]) -> Zeroizing<Vec<u8>> {
+    let area = Writer::default().long(RS_PW).sized(&[]).byte(0).sized(&[]).done();
+    let Ok(length) = u32::try_from(area.len()) else { unreachable!("the area of one password is small") };
+    framed(TAG_SESSIONS, command, &Writer::default().long(handle).long(length).raw(&area).raw(parameters).done())
+}
+
 /// The command that starts a session.
-pub(super) fn start() -> Zeroizing<Vec<u8>> {
+pub fn start() -> Zeroizing<Vec<u8>> {
     let body = Writer::default().long(RH_NULL).long(RH_NULL).sized(&nonce()).sized(&[]).byte(0);
     plain(START_AUTH_SESSION, &body.short(ALG_XOR).short(ALG_SHA256).short(ALG_SHA256).done())
 }
@@ -106,33 +138,39 @@ fn nonce() -> [u8; NONCE_LEN] {
 }
 
 /// What a command acts on, and the name that stands for it in HMACs.
-pub(super) struct Handle<'a> {
-    pub(super) handle: u32,
-    pub(super) name: &'a [u8],
+pub struct Handle<'a> {
+    /// Its number.
+    pub handle: u32,
+    /// Its name: of what the TPM has a public area, the digest of that; otherwise its number.
+    pub name: &'a [u8],
 }
 
 /// What is sent: the handles (the first one is the one whose authorization is needed), and the parameters.
-pub(super) struct Request<'a> {
-    pub(super) command: Command,
-    pub(super) handles: [Handle<'a>; 2],
+pub struct Request<'a> {
+    /// Which command.
+    pub command: Command,
+    /// What it acts on.
+    pub handles: [Handle<'a>; 2],
     /// How many of the handles count.
-    pub(super) count: usize,
+    pub count: usize,
     /// The first parameter, where it has to be hidden: its bytes without their length.
-    pub(super) hidden: Option<SecretBytes>,
+    pub hidden: Option<SecretBytes>,
     /// The parameters, but for the hidden one.
-    pub(super) parameters: Zeroizing<Vec<u8>>,
+    pub parameters: Zeroizing<Vec<u8>>,
 }
 
 /// A session that the TPM has.
-pub(super) struct Session {
-    pub(super) handle: u32,
+pub struct Session {
+    /// Its number.
+    pub handle: u32,
     /// The TPM's last nonce.
     nonce: Vec<u8>,
 }
 
 /// A command that was authorized, and what its answer will be checked with.
-pub(super) struct Authorized {
-    pub(super) bytes: Zeroizing<Vec<u8>>,
+pub struct Authorized {
+    /// What is sent.
+    pub bytes: Zeroizing<Vec<u8>>,
     command: Command,
     nonce: [u8; NONCE_LEN],
     key: hmac::Key,
@@ -140,13 +178,16 @@ pub(super) struct Authorized {
 
 impl Session {
     /// What the TPM answered to [`start`].
-    pub(super) fn started(body: &[u8]) -> Result<Self, WireError> {
+    ///
+    /// # Errors
+    /// [`WireError`].
+    pub fn started(body: &[u8]) -> Result<Self, WireError> {
         let (handle, nonce) = response::started_session(body)?;
         Ok(Self { handle, nonce: nonce.to_vec() })
     }
 
     /// Authorizes a command by who knows `auth`.
-    pub(super) fn authorize(&self, request: Request<'_>, auth: &[u8]) -> Authorized {
+    pub fn authorize(&self, request: Request<'_>, auth: &[u8]) -> Authorized {
         let nonce = nonce();
         let key = hmac::Key::new(hmac::HMAC_SHA256, auth);
         let mut attributes = CONTINUE;
@@ -173,7 +214,10 @@ impl Session {
 
     /// Whether the TPM answered to that very command; then the session goes on with its new nonce. Only after this are the
     /// parameters of the answer worth reading.
-    pub(super) fn verify(
+    ///
+    /// # Errors
+    /// [`Forged`].
+    pub fn verify(
         &mut self,
         sent: &Authorized,
         parameters: &[u8],
@@ -194,7 +238,7 @@ impl Session {
 
 /// The answer was not given by the TPM, or not to this command.
 #[derive(Debug)]
-pub(super) struct Forged;
+pub struct Forged;
 
 fn tag(key: &hmac::Key, hash: &[u8], speaker: &[u8], listener: &[u8], attributes: u8) -> hmac::Tag {
     hmac::sign(key, &[hash, speaker, listener, &[attributes]].concat())

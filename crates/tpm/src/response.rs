@@ -42,7 +42,7 @@ pub enum WireError {
 pub enum Response<'a> {
     /// It went well, and there were no sessions.
     Plain(&'a [u8]),
-    /// It went well; the HMAC is not checked yet.
+    /// It went well; the HMAC is not checked yet. Of commands that give a handle, it comes before the parameters: [`with_handle`].
     Sessions {
         /// The parameters.
         parameters: &'a [u8],
@@ -157,6 +157,141 @@ pub fn parse(bytes: &[u8]) -> Result<Response<'_>, WireError> {
             Ok(Response::Sessions { parameters, nonce, attributes, hmac })
         }
         _ => Err(WireError::Wrong("tag")),
+    }
+}
+
+/// Takes the response to a command apart that gives a handle and has sessions: the handle, and the parameters.
+///
+/// # Errors
+/// [`WireError`]
+pub fn with_handle(bytes: &[u8]) -> Result<Result<(u32, &[u8]), u32>, WireError> {
+    let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>().ok_or(WireError::Short("its header"))?;
+    if length(header)? != bytes.len() {
+        return Err(WireError::Wrong("length"));
+    }
+    let mut reader = Reader { rest: header };
+    let tag = reader.short("its header")?;
+    reader.long("its header")?;
+    let code = reader.long("its header")?;
+    let mut reader = Reader { rest };
+    match (tag, code) {
+        (TAG_PLAIN, code) if code != 0 => reader.end("an error").map(|()| Err(code)),
+        (TAG_SESSIONS, 0) => {
+            let handle = reader.long("the handle")?;
+            let length = reader.long("the length of its parameters")?;
+            let length = usize::try_from(length).map_err(|_| WireError::Wrong("length of its parameters"))?;
+            let parameters = reader.take(length, "its parameters")?;
+            reader.sized("the nonce")?;
+            reader.byte("the session's attributes")?;
+            reader.sized("the HMAC")?;
+            reader.end("the HMAC")?;
+            Ok(Ok((handle, parameters)))
+        }
+        _ => Err(WireError::Wrong("tag")),
+    }
+}
+
+/// The first field of TPM2_CreatePrimary's parameters and of TPM2_ReadPublic's answer: the public area of a key. What follows is of no
+/// interest: names and tickets of the TPM's own.
+///
+/// # Errors
+/// [`WireError`]
+pub fn public_area(parameters: &[u8]) -> Result<&[u8], WireError> {
+    Reader { rest: parameters }.sized("the public area")
+}
+
+/// The public half of a key that signs, as it is in a `TPMT_PUBLIC`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PublicKey {
+    /// The modulus, and the exponent.
+    Rsa(Vec<u8>, u32),
+    /// The curve (3: P-256, 4: P-384), x, y.
+    Ecc(u16, Vec<u8>, Vec<u8>),
+}
+
+/// Takes a public area apart: of a restricted signing key with a scheme, as attestation keys are.
+///
+/// # Errors
+/// [`WireError`]: it is another kind of object.
+pub fn public_key(area: &[u8]) -> Result<PublicKey, WireError> {
+    const WHAT: &str = "the public area";
+    const NULL: u16 = 0x0010;
+    let mut reader = Reader { rest: area };
+    let kind = reader.short(WHAT)?;
+    reader.short(WHAT)?;
+    let attributes = reader.long(WHAT)?;
+    reader.sized(WHAT)?;
+    // RESTRICTED and SIGN_ENCRYPT, not DECRYPT: it signs what the TPM itself made, and nothing else.
+    if attributes & (1 << 16 | 1 << 17 | 1 << 18) != 1 << 16 | 1 << 18 {
+        return Err(WireError::Wrong("key: an attestation key is a restricted signing key"));
+    }
+    if reader.short(WHAT)? != NULL {
+        return Err(WireError::Wrong("symmetric algorithm of a signing key"));
+    }
+    if reader.short(WHAT)? != NULL {
+        reader.short(WHAT)?;
+    }
+    let key = match kind {
+        0x0001 => {
+            reader.short(WHAT)?;
+            let exponent = match reader.long(WHAT)? {
+                0 => 65_537,
+                exponent => exponent,
+            };
+            PublicKey::Rsa(reader.sized(WHAT)?.to_vec(), exponent)
+        }
+        0x0023 => {
+            let curve = reader.short(WHAT)?;
+            if reader.short(WHAT)? != NULL {
+                reader.short(WHAT)?;
+            }
+            PublicKey::Ecc(curve, reader.sized(WHAT)?.to_vec(), reader.sized(WHAT)?.to_vec())
+        }
+        _ => return Err(WireError::Wrong("kind of key")),
+    };
+    reader.end(WHAT)?;
+    Ok(key)
+}
+
+/// The parameters of the answer to TPM2_Quote: what was signed, and the signature.
+///
+/// # Errors
+/// [`WireError`]
+pub fn quoted(parameters: &[u8]) -> Result<(&[u8], &[u8]), WireError> {
+    let mut reader = Reader { rest: parameters };
+    let message = reader.sized("the quote")?;
+    if reader.rest.is_empty() {
+        return Err(WireError::Short("the signature"));
+    }
+    Ok((message, reader.rest))
+}
+
+/// The body of the answer to TPM2_PCR_Read of one bank: which PCRs it has, as bits, and their values in order.
+///
+/// # Errors
+/// [`WireError`]
+pub fn pcrs(body: &[u8]) -> Result<(u32, Vec<&[u8]>), WireError> {
+    const WHAT: &str = "the PCRs";
+    let mut reader = Reader { rest: body };
+    reader.long(WHAT)?;
+    if reader.long(WHAT)? != 1 {
+        return Err(WireError::Wrong("number of banks"));
+    }
+    reader.short(WHAT)?;
+    let bits = match reader.byte(WHAT)? {
+        3 => {
+            let [low, middle, high] = reader.array(WHAT)?;
+            u32::from_le_bytes([low, middle, high, 0])
+        }
+        _ => return Err(WireError::Wrong("selection of PCRs")),
+    };
+    let count = reader.long(WHAT)?;
+    // They lie within a response, which is small.
+    let values = (0..count).map(|_| reader.sized(WHAT)).collect::<Result<Vec<_>, WireError>>()?;
+    reader.end(WHAT)?;
+    match usize::try_from(bits.count_ones()) == Ok(values.len()) {
+        true => Ok((bits, values)),
+        false => Err(WireError::Wrong("number of PCRs")),
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-use super::{TpmAddress, client::TpmError, response};
+use crate::{TpmAddress, TpmError, response};
 
 /// How long we wait for our turn, and for a response. NV writes of slow chips take a second.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -25,7 +25,7 @@ trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
 /// An open way to a TPM.
-pub(super) struct Transport {
+pub(crate) struct Transport {
     stream: Box<dyn Stream>,
     /// A device gives each response in one read, whole.
     is_device: bool,
@@ -33,7 +33,7 @@ pub(super) struct Transport {
 }
 
 impl Transport {
-    pub(super) fn open(address: &TpmAddress) -> Result<Self, TpmError> {
+    pub(crate) fn open(address: &TpmAddress) -> Result<Self, TpmError> {
         let (stream, is_device): (io::Result<Box<dyn Stream>>, bool) = match address {
             TpmAddress::Tcp(address) => (tcp(address).map(|stream| Box::new(stream) as _), false),
             TpmAddress::Path(path) => match std::fs::metadata(path) {
@@ -50,7 +50,7 @@ impl Transport {
     }
 
     /// Sends a command and waits for the response.
-    pub(super) fn exchange(&mut self, command: &[u8]) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+    pub(crate) fn exchange(&mut self, command: &[u8]) -> Result<Zeroizing<Vec<u8>>, TpmError> {
         let failed = |action| {
             let address = self.address.clone();
             move |source| TpmError::Transport { action, address, source }
