@@ -1,5 +1,6 @@
 //! The command line: noun, then verb. This module only says what there is; `commands` does it.
 
+pub(crate) mod attest;
 pub(crate) mod broker;
 pub(crate) mod disk;
 pub(crate) mod index;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use self::attest::{AttestCommand, CollateralCommand, EvidenceArgs, TeeName};
 use broker::BrokerCommand;
 
 /// Trusted storage for confidential containers.
@@ -435,120 +437,5 @@ pub(crate) enum GuestCommand {
         uri: String,
         #[command(flatten)]
         at: GuestAt,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum AttestCommand {
-    /// Print the evidence of this guest
-    Evidence {
-        /// The platform key of the simulated TEE
-        #[arg(long, value_name = "FILE")]
-        sim_platform_key: PathBuf,
-        /// The guest's init data, which the evidence binds
-        #[arg(long, value_name = "FILE")]
-        init_data: Option<PathBuf>,
-        /// Up to 64 bytes to bind, in hex
-        #[arg(long, value_name = "HEX", default_value = "")]
-        report_data: String,
-    },
-    /// Attest to a broker and print its token
-    Token {
-        #[command(flatten)]
-        broker: BrokerArgs,
-    },
-    /// Verify evidence of any TEE, offline; prints what it says, and ends with 3 where it does not hold
-    Verify(EvidenceArgs),
-    /// Print an event log: firmware's (CCEL, binary_bios_measurements) with what was added at run time; verifies nothing
-    Log {
-        /// The log
-        file: PathBuf,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Make a platform key for simulated TEEs; prints the public key, which brokers are told to trust
-    SimKey {
-        /// The file for the private key
-        file: PathBuf,
-    },
-    /// Print the measurement that a simulated TEE takes of a program: the reference value sim.measurement
-    Measure {
-        /// The program
-        file: PathBuf,
-    },
-    /// Print the digest of init data as simulated evidence has it: the reference value sim.init_data
-    InitData {
-        /// The init data
-        file: PathBuf,
-    },
-}
-
-/// A kind of TEE.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum TeeName {
-    /// AMD SEV-SNP
-    Snp,
-    /// Intel TDX
-    Tdx,
-    /// Intel SGX, by DCAP
-    Sgx,
-    /// A TPM 2.0
-    Tpm,
-    /// A simulated one
-    Sim,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct EvidenceArgs {
-    /// What it is evidence of
-    #[arg(long)]
-    pub(crate) tee: TeeName,
-    /// The evidence: a report or quote as the hardware makes it, or the JSON that guests send
-    #[arg(long, value_name = "FILE")]
-    pub(crate) quote: PathBuf,
-    /// What the vendor publishes for it: VCEK or VLEK, revocation lists, DCAP collateral; of simulated ones, the platform's public key;
-    /// may be repeated
-    #[arg(long, value_name = "FILE")]
-    pub(crate) collateral: Vec<PathBuf>,
-    /// A directory that broker collateral import filled
-    #[arg(long, value_name = "DIR")]
-    pub(crate) collateral_dir: Option<PathBuf>,
-    /// The time that validity is judged by [default: now]
-    #[arg(long, value_name = "RFC3339")]
-    pub(crate) time: Option<String>,
-    /// Rules that differ from the strict defaults, TOML as in a broker's verify.toml
-    #[arg(long, value_name = "FILE")]
-    pub(crate) rules: Option<PathBuf>,
-    /// An event log, which has to give what the quote has
-    #[arg(long, value_name = "FILE")]
-    pub(crate) log: Option<PathBuf>,
-    /// Up to 64 bytes that it has to be bound to, in hex
-    #[arg(long, value_name = "HEX")]
-    pub(crate) report_data: Option<String>,
-    /// The init data that it has to be bound to
-    #[arg(long, value_name = "FILE")]
-    pub(crate) init_data: Option<PathBuf>,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum CollateralCommand {
-    /// Put downloaded files into a broker's cache, also while it runs; what they are is recognised
-    Import {
-        /// The files
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
-        /// The broker's directory
-        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
-        dir: PathBuf,
-    },
-    /// List what is in a broker's cache, and until when it is good
-    Ls {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-        /// The broker's directory
-        #[arg(long, env = "NACRE_BROKER_DIR", value_name = "DIR", default_value = "/var/lib/nacre-broker")]
-        dir: PathBuf,
     },
 }

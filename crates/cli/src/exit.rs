@@ -77,7 +77,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PullError::Key { source, .. } => class(source),
             PullError::Manifest(error) => class(error),
             PullError::Trust(error) => class(error),
-            PullError::Stack { .. } | PullError::IndexDepth { .. } => Some(Exit::NotTrusted),
+            PullError::Stack { .. } | PullError::IndexDepth { .. } | PullError::Event(_) => Some(Exit::NotTrusted),
             PullError::LazyKey(error) => class(error),
             PullError::Reference(_) | PullError::Lazy(_) => Some(Exit::Usage),
             PullError::TooManyLayers { .. } => None,

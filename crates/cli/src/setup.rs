@@ -170,6 +170,10 @@ impl Setup {
             token_key: token_key.or_else(|| same?.token_key.clone()),
             url,
             sim_platform_key: platform_key.or_else(|| old.as_ref()?.sim_platform_key.clone()),
+            tee: old.as_ref().and_then(|old| old.tee.clone()),
+            tpm: old.as_ref().and_then(|old| old.tpm.clone()),
+            tpm_ak: old.as_ref().and_then(|old| old.tpm_ak.clone()),
+            events: old.as_ref().and_then(|old| old.events.clone()),
             init_data: init_data.or_else(|| old.as_ref()?.init_data.clone()),
             measured: None,
         });

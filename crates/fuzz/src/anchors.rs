@@ -16,7 +16,19 @@ pub(crate) fn tpm_response(bytes: &[u8]) {
         // Not only what has a good header gets to the bodies' parsers.
         Ok(Response::Refused(_)) | Err(_) => vec![bytes, bytes.get(response::HEADER_LEN..).unwrap_or_default()],
     };
+    if let Ok(Ok((_, parameters))) = response::with_handle(bytes) {
+        assert!(parameters.len() + 23 <= bytes.len());
+    }
     for body in bodies {
+        if let Ok(area) = response::public_area(body) {
+            let _ = response::public_key(area);
+        }
+        if let Ok((message, signature)) = response::quoted(body) {
+            assert_eq!(message.len() + signature.len() + 2, body.len());
+        }
+        if let Ok((bits, values)) = response::pcrs(body) {
+            assert_eq!(bits.count_ones() as usize, values.len());
+        }
         if let Ok((_, nonce)) = response::started_session(body) {
             assert!(nonce.len() >= 16);
         }
@@ -37,6 +49,14 @@ pub(crate) fn tpm_responses() -> Vec<Vec<u8>> {
         let size = u32::try_from(response::HEADER_LEN + body.len()).unwrap_or(u32::MAX);
         [&tag.to_be_bytes()[..], &size.to_be_bytes(), &code.to_be_bytes(), body].concat()
     };
+    let area = [
+        &[0, 0x23, 0, 0x0b, 0, 5, 0, 0x72, 0, 0, 0, 0x10, 0, 0x18, 0, 0x0b, 0, 3, 0, 0x10, 0, 32][..],
+        &[1; 32],
+        &[0, 32],
+        &[2; 32],
+    ]
+    .concat();
+    let key = [&[0, 88][..], &area].concat();
     let session = [&[2, 0, 0, 0, 0, 32][..], &[9; 32]].concat();
     let public =
         [&[0, 14, 1, 0x80, 0, 0x10, 0, 0x0b, 0x22, 4, 0x10, 4, 0, 0, 0, 104, 0, 34, 0, 0x0b][..], &[7; 32]].concat();
@@ -47,6 +67,14 @@ pub(crate) fn tpm_responses() -> Vec<Vec<u8>> {
         response(0x8001, 0, &[0, 0, 0, 0, 1, 0, 0, 0, 2, 2, 0, 0, 0, 2, 0, 0, 1]),
         response(0x8002, 0, &content),
         response(0x8002, 0, &[0, 0, 0, 0, 0, 32]),
+        // TPM2_CreatePrimary with a P-256 key, TPM2_Quote, TPM2_PCR_Read.
+        response(0x8002, 0, &[&[0x80, 0, 0, 0, 0, 0, 0, 90][..], &key, &[0, 0, 1, 0, 0]].concat()),
+        response(
+            0x8002,
+            0,
+            &[&[0, 0, 0, 14, 0, 4, 1, 2, 3, 4][..], &[0, 0x18, 0, 0x0b, 0, 1, 1, 0], &[0, 0, 1, 0, 0]].concat(),
+        ),
+        response(0x8001, 0, &[&[0, 0, 0, 1, 0, 0, 0, 1, 0, 0x0b, 3, 1, 0, 0, 0, 0, 0, 1, 0, 2][..], &[7; 2]].concat()),
         response(0x8001, 0x18b, &[]),
         response(0x00c4, 0x1e, &[]),
     ]

@@ -11,6 +11,7 @@ mod anchors;
 mod attestation;
 mod disks;
 mod encryption;
+mod evidence;
 mod images;
 mod indexes;
 mod layers;
@@ -74,6 +75,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "lazy_index", run: indexes::metadata, seeds: indexes::metadata_blobs },
     Target { name: "lazy_page", run: indexes::page, seeds: indexes::pages },
     Target { name: "lazy_span", run: nacre_lazy::index::fuzzing::span, seeds: indexes::spans },
+    Target { name: "event_log", run: evidence::event_log, seeds: evidence::event_logs },
+    Target { name: "snp_evidence", run: evidence::snp_evidence, seeds: evidence::snp_evidences },
+    Target { name: "quote", run: evidence::quote, seeds: evidence::quotes },
+    Target { name: "tpm_evidence", run: evidence::tpm_evidence, seeds: evidence::tpm_evidences },
+    Target { name: "collateral", run: evidence::collateral, seeds: evidence::collaterals },
 ];
 
 /// The target of that name.

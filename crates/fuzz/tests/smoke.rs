@@ -52,6 +52,11 @@ smoke!(
     lazy_index,
     lazy_page,
     lazy_span,
+    event_log,
+    snp_evidence,
+    quote,
+    tpm_evidence,
+    collateral,
 );
 
 #[test]

@@ -125,8 +125,16 @@ pub struct BrokerConfig {
     pub certificate: Option<String>,
     /// The public key that signs its tokens: PEM, or a file's name.
     pub token_key: Option<String>,
+    /// Which TEE this is: `snp`, `tdx`, `sgx`, `tpm` or `sim`; what is there, where it is left out.
+    pub tee: Option<String>,
     /// The platform key of the simulated TEE, a file: where there is no TEE.
     pub sim_platform_key: Option<PathBuf>,
+    /// The TPM, where that is the TEE: a device, swtpm's socket, or `host:port`.
+    pub tpm: Option<String>,
+    /// The TPM's attestation key: a persistent handle; a primary key of the endorsement hierarchy, where it is left out.
+    pub tpm_ak: Option<String>,
+    /// The directory of the event log, which has to end with the TEE's registers. A simulated TEE has one only where this is set.
+    pub events: Option<PathBuf>,
     /// The guest's init data, a file, which the evidence binds.
     pub init_data: Option<PathBuf>,
     /// The same as they were when the configuration was taken from them. The file is not read again: what the evidence binds has to be
@@ -142,7 +150,11 @@ impl BrokerConfig {
             url: url.into(),
             certificate: None,
             token_key: None,
+            tee: None,
             sim_platform_key: None,
+            tpm: None,
+            tpm_ak: None,
+            events: None,
             init_data: None,
             measured: None,
         }

@@ -1,5 +1,6 @@
 //! A guest by its configuration: store, trust, keys and registries, brought together for the programs that serve it.
 
+mod attester;
 mod lazy;
 
 use std::{
@@ -9,13 +10,16 @@ use std::{
 
 use nacre_attest::{
     client::{BrokerClient, BrokerConfig as ClientBroker, ClientError},
-    evidence::AttesterError,
+    eventlog::{
+        runtime::{RuntimeLog, RuntimeLogError},
+        story::Happening,
+    },
+    evidence::{Attester, AttesterError},
     initdata::{InitData, InitDataError},
     offline::{OfflineError, OfflineKeys},
-    sim::{SimAttester, read_platform_key},
 };
 use nacre_core::{
-    Clock, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
+    Clock, Digest, KeySource, KeySourceError, Progress, ResourceUri, SecretBytes, SystemClock, TrustedTime, UriError,
 };
 use nacre_oci::{
     crypt::{CryptError, Keyring},
@@ -70,6 +74,9 @@ pub enum ServiceError {
     /// There is no evidence to show to it.
     #[error(transparent)]
     Attester(#[from] AttesterError),
+    /// What is about to be done could not be measured.
+    #[error(transparent)]
+    Event(#[from] RuntimeLogError),
     /// The init data is none.
     #[error(transparent)]
     InitData(#[from] InitDataError),
@@ -119,6 +126,8 @@ pub struct ImageService {
     mounter: Arc<dyn Mounter>,
     clients: Arc<Clients>,
     broker: Option<Arc<BrokerClient>>,
+    /// Where what is about to be done is measured.
+    events: Option<Arc<RuntimeLog>>,
     keys: Arc<dyn KeySource>,
 }
 
@@ -142,7 +151,11 @@ impl ImageService {
             Some(dir) => LookasideConfig::load_dir(dir)?,
             None => LookasideConfig::default(),
         };
-        let policy = policy(config, init_data.as_ref(), &*keys)?;
+        let events = broker.as_ref().and_then(|broker| broker.runtime_log().cloned());
+        let (policy, text) = policy(config, init_data.as_ref(), &*keys)?;
+        if let Some(events) = &events {
+            events.record(&Happening::Policy { digest: Digest::sha256(&text) })?;
+        }
         let trust = Trust { policy, rules: config.trust.admission, lookaside, keys: keys.clone(), clock };
         let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(keys.clone());
         let (credentials, released) = match config.registries.credentials.as_deref() {
@@ -161,8 +174,8 @@ impl ImageService {
         let clients = Arc::<Clients>::default();
         let own = OwnMounts::new(lazy::options(&store, &config.lazy)?, config.lazy.front, clients.clone());
         let own = Arc::new(own);
-        let images = Images::new(store, trust, keyring, options, progress);
-        Ok(Self { images, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
+        let images = Images::new(store, trust, keyring, options, progress).with_events(events.clone());
+        Ok(Self { images, events, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
     }
 
     /// Has somebody else mount lazy images; without one, this process does, and its mounts end with it.
@@ -273,6 +286,10 @@ impl ImageService {
     }
 
     fn mount(&self, pulled: &PulledImage, record: &BundleRecord, overrides: &Overrides) -> Result<(), ServiceError> {
+        if let Err(error) = self.measure_workload(record, &pulled.image.manifest) {
+            self.images.store().remove_bundle(&record.id)?;
+            return Err(error);
+        }
         let layers: Vec<PathBuf> = match &pulled.lazy {
             Some(access) => vec![self.mount_lower(access, record).inspect_err(|_| {
                 if let Err(error) = self.images.store().remove_bundle(&record.id) {
@@ -282,6 +299,13 @@ impl ImageService {
             None => pulled.layers.iter().map(|layer| layer.path().to_owned()).collect(),
         };
         self.compose(record, &layers, &pulled.image.config, overrides)
+    }
+
+    /// From here on, a runtime may start a container of this bundle.
+    fn measure_workload(&self, record: &BundleRecord, manifest: &Digest) -> Result<(), ServiceError> {
+        let Some(events) = &self.events else { return Ok(()) };
+        let (id, digest) = (record.id.to_string(), manifest.to_string());
+        Ok(events.record(&Happening::WorkloadStarted { id, digest })?)
     }
 
     fn compose(
@@ -405,6 +429,14 @@ pub(crate) fn init_data_of(config: &BrokerConfig) -> Result<Option<InitData>, Se
     }
 }
 
+/// Makes the attester of a configured guest.
+///
+/// # Errors
+/// [`ServiceError`]: there is no TEE, or it cannot be used.
+pub fn attester_of(config: &BrokerConfig) -> Result<Arc<dyn Attester>, ServiceError> {
+    attester::attester(config, init_data_of(config)?)
+}
+
 /// Makes the client of a configured broker; nothing is sent yet.
 ///
 /// # Errors
@@ -416,14 +448,9 @@ pub fn connect(config: &BrokerConfig) -> Result<Arc<BrokerClient>, ServiceError>
 fn connect_with(config: &BrokerConfig, init_data: Option<InitData>) -> Result<Arc<BrokerClient>, ServiceError> {
     let certificate = config.certificate.as_deref().map(|value| pem("the broker's certificate", value)).transpose()?;
     let token_key = config.token_key.as_deref().map(|value| pem("the broker's token key", value)).transpose()?;
-    let Some(key) = &config.sim_platform_key else {
-        return Err(ServiceError::Config(
-            "this version attests with the simulated TEE only: set broker.sim_platform_key (--sim-platform-key)".into(),
-        ));
-    };
-    let attester = SimAttester::new(read_platform_key(key)?, init_data)?;
+    let attester = attester::attester(config, init_data)?;
     let broker = ClientBroker::new(&config.url).pin(certificate.as_deref(), token_key.as_deref())?;
-    Ok(Arc::new(BrokerClient::new(broker, Arc::new(attester))?))
+    Ok(Arc::new(BrokerClient::new(broker, attester)?))
 }
 
 fn key_source(config: &Config, broker: Option<&Arc<BrokerClient>>) -> Result<Arc<dyn KeySource>, ServiceError> {
@@ -435,22 +462,33 @@ fn key_source(config: &Config, broker: Option<&Arc<BrokerClient>>) -> Result<Arc
     }
 }
 
-fn policy(config: &Config, init_data: Option<&InitData>, keys: &dyn KeySource) -> Result<Policy, ServiceError> {
+/// The policy, and the bytes that it was read from; of one that was chosen to be none, none.
+fn policy(
+    config: &Config,
+    init_data: Option<&InitData>,
+    keys: &dyn KeySource,
+) -> Result<(Policy, Vec<u8>), ServiceError> {
     let trust = &config.trust;
     match trust.policy.as_deref() {
         Some(_) if trust.insecure_policy => {
             Err(ServiceError::Config("trust.policy and trust.insecure_policy are both set; choose one".into()))
         }
-        Some(uri) if uri.starts_with("kbs") => Ok(Policy::parse(keys.fetch(&uri.parse()?)?.expose(), uri)?),
+        Some(uri) if uri.starts_with("kbs") => {
+            let text = keys.fetch(&uri.parse()?)?;
+            Ok((Policy::parse(text.expose(), uri)?, text.expose().to_vec()))
+        }
         Some(text) => match text.strip_prefix("init-data:") {
             Some(name) => {
                 let missing = || ServiceError::Config(format!("trust.policy: there is no '{name}' in the init data"));
                 let policy = init_data.and_then(|data| data.get(name)).ok_or_else(missing)?;
-                Ok(Policy::parse(policy.as_bytes(), text)?)
+                Ok((Policy::parse(policy.as_bytes(), text)?, policy.as_bytes().to_vec()))
             }
-            None => Ok(Policy::parse(&read("the trust policy", Path::new(text))?, text)?),
+            None => {
+                let bytes = read("the trust policy", Path::new(text))?;
+                Ok((Policy::parse(&bytes, text)?, bytes))
+            }
         },
-        None if trust.insecure_policy => Ok(Policy::insecure_accept_anything()),
+        None if trust.insecure_policy => Ok((Policy::insecure_accept_anything(), Vec::new())),
         None => Err(ServiceError::Config(
             "there is no trust policy: name one (--policy FILE), or choose to have none (--insecure-policy)".into(),
         )),

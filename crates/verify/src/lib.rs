@@ -19,6 +19,8 @@
 mod cache;
 mod checked;
 pub mod dcap;
+#[doc(hidden)]
+pub mod fuzzing;
 mod import;
 mod logs;
 mod rules;

@@ -254,3 +254,27 @@ fn logs_are_read_as_others_read_them() {
         }
     }
 }
+
+/// How long a verdict takes, of the hardware's own hierarchies: `cargo test --release -p nacre-verify --test fixtures -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, for a release build on an idle machine"]
+fn a_verdict_takes_two_milliseconds_at_most() {
+    let (Some(report), Some(vcek)) = (fixture("quotes/snp/test-report.bin"), fixture("quotes/snp/test-vcek.der"))
+    else {
+        return;
+    };
+    let per_run = |name: &str, run: &dyn Fn()| {
+        let (start, rounds) = (std::time::Instant::now(), 200);
+        (0..rounds).for_each(|_| run());
+        let millis = start.elapsed().as_secs_f64() * 1000.0 / f64::from(rounds);
+        eprintln!("{name}: {millis:.3} ms");
+        assert!(millis < 2.0, "{name}: {millis} ms");
+    };
+    let report = SnpReport::from_bytes(&report).unwrap();
+    let (verifier, certs) = (snp(SnpRules::default()), [vcek]);
+    per_run("SNP report", &|| drop(verifier.report(&report, &certs, NOW).unwrap()));
+    let cache = Arc::new(Cache::memory());
+    import(&cache, &fixture("quotes/tdx/tdx_quote_collateral.json").unwrap()).unwrap();
+    let (verifier, quote) = (tdx(&cache, DcapRules::default()), fixture("quotes/tdx/tdx_quote").unwrap());
+    per_run("TDX quote", &|| drop(verifier.quote(&quote, None, JUNE_2025).unwrap()));
+}

@@ -83,10 +83,12 @@ fn init_data_are_bound_once_and_the_log_is_taken_up_again() {
     drop(attester);
     // Another process of the same boot.
     let attester = TpmAttester::new(&options(&tpm), Some(init_data("b"))).unwrap();
+    // What is told already is not told again.
     attester.runtime_log().unwrap().record(&happening).unwrap();
+    attester.runtime_log().unwrap().record(&Happening::KeyReleased { resource: "a/b/d".into() }).unwrap();
     let evidence = attester.evidence(&[7; 64]).unwrap();
     let claims = TpmVerifier::default().verify(&evidence, &expected(Some(&init_data("b")))).unwrap().into_inner();
-    assert_eq!(claims.claims["runtime"]["keys"], json!(["a/b/c", "a/b/c"]));
+    assert_eq!(claims.claims["runtime"]["keys"], json!(["a/b/c", "a/b/d"]));
     drop(attester);
     assert!(matches!(TpmAttester::new(&options(&tpm), Some(init_data("c"))), Err(AttesterError::InitData { .. })));
     // The PCRs end with the boot: the log of before is not theirs.

@@ -64,6 +64,7 @@ impl BrokerClient {
     /// # Errors
     /// [`ClientError`].
     pub fn borrow(&self, path: &ResourcePath, version: Option<u32>) -> Result<Borrowed, ClientError> {
+        self.measure_key(path)?;
         self.with_attestation(|attested| self.borrow_with(attested, path, version))
     }
 

@@ -41,6 +41,7 @@ use serde_json::Value;
 
 use crate::{
     ear::{Ear, EarError},
+    eventlog::{runtime::RuntimeLog, story::Happening},
     evidence::{Attester, AttesterError, hex},
     rcar::{
         Attestation, Challenge, CompositeEvidence, ErrorBody, InitDataMessage, LONGEST_CHALLENGE, LONGEST_TOKEN,
@@ -292,6 +293,11 @@ impl BrokerClient {
         self.attester.simulated()
     }
 
+    /// The guest's event log, where its TEE has a register for it.
+    pub fn runtime_log(&self) -> Option<&Arc<RuntimeLog>> {
+        self.attester.runtime_log()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -416,11 +422,18 @@ impl BrokerClient {
         Ok(ear)
     }
 
+    /// What is asked for is measured first.
+    fn measure_key(&self, path: &ResourcePath) -> Result<(), ClientError> {
+        let Some(log) = self.runtime_log() else { return Ok(()) };
+        Ok(log.record(&Happening::KeyReleased { resource: path.to_string() }).map_err(AttesterError::Log)?)
+    }
+
     /// Fetches a resource; attests first where that is needed, and once more when the broker does not know the token any more.
     ///
     /// # Errors
     /// [`ClientError`].
     pub fn get(&self, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
+        self.measure_key(path)?;
         self.with_attestation(|attested| self.get_with(attested, path))
     }
 

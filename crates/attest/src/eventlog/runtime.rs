@@ -11,6 +11,7 @@
 //! | anything else | something was extended and not logged | the start is refused: no broker would believe the log |
 
 use std::{
+    collections::BTreeSet,
     fs::{File, OpenOptions},
     io::{Read, Seek as _, SeekFrom, Write as _},
     os::unix::fs::OpenOptionsExt as _,
@@ -102,6 +103,8 @@ pub trait Register: Send + Sync {
 struct State {
     file: File,
     broken: bool,
+    /// The digests of all events: what happened already is not told again, so that what is asked for all the time fills no log.
+    known: BTreeSet<Vec<u8>>,
 }
 
 /// The log of a running guest.
@@ -154,16 +157,18 @@ impl RuntimeLog {
                 }
             }
         }
+        let known = whole.digests.iter().cloned().collect();
         let end = u64::try_from(whole.length).unwrap_or(u64::MAX);
         if whole.length < bytes.len() {
             tracing::warn!("an event was torn by a crash before it was measured: cut off");
             file.set_len(end).map_err(io("cut off what is torn"))?;
         }
         file.seek(SeekFrom::Start(end)).map_err(io("go to its end"))?;
-        Ok(Self { path: path.into(), register, state: Mutex::new(State { file, broken: false }) })
+        Ok(Self { path: path.into(), register, state: Mutex::new(State { file, broken: false, known }) })
     }
 
-    /// Records that something happens: in the log, then in the register. Only then may it be done.
+    /// Records that something happens: in the log, then in the register. Only then may it be done. What is in the log already, word for
+    /// word, is not recorded again.
     ///
     /// # Errors
     /// [`RuntimeLogError`]: it must not be done. After a failure nothing more can be recorded.
@@ -171,7 +176,7 @@ impl RuntimeLog {
         happening.events()?.iter().try_for_each(|event| self.record_event(event))
     }
 
-    /// Records an event of any domain.
+    /// Records an event of any domain, in the same way.
     ///
     /// # Errors
     /// As [`record`](Self::record).
@@ -182,6 +187,9 @@ impl RuntimeLog {
         }
         let bank = self.register.bank();
         let (digest, entry) = (event.digest(bank)?, event.entry(self.register.number(), bank)?);
+        if state.known.contains(&digest) {
+            return Ok(());
+        }
         let position = state.file.stream_position().map_err(self.io("find its end"))?;
         if position.saturating_add(entry.len() as u64) > LONGEST as u64 {
             let found = usize::try_from(position).unwrap_or(usize::MAX).saturating_add(entry.len());
@@ -193,6 +201,7 @@ impl RuntimeLog {
         state.file.sync_data().map_err(self.io("sync it"))?;
         self.register.extend(&digest)?;
         state.broken = false;
+        state.known.insert(digest);
         tracing::debug!(event = event.line(), "measured");
         Ok(())
     }

@@ -3,12 +3,9 @@
 use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path};
 
 use anyhow::Context as _;
-use nacre_attest::{
-    evidence::Attester as _,
-    initdata::InitData,
-    sim::{SimAttester, measure, read_platform_key},
-};
+use nacre_attest::{initdata::InitData, sim::measure};
 use nacre_core::jose::PrivateKey;
+use nacre_guest::{config::BrokerConfig, service::attester_of};
 
 use crate::{
     args::{AttestCommand, Global},
@@ -19,10 +16,17 @@ use crate::{
 
 pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result<()> {
     match command {
-        AttestCommand::Evidence { sim_platform_key, init_data, report_data } => {
-            let init_data = init_data.as_deref().map(read_init_data).transpose()?;
-            let attester = SimAttester::new(read_platform_key(sim_platform_key)?, init_data)?;
-            output::json(&attester.evidence(&bytes_of_hex(report_data)?)?)
+        AttestCommand::Evidence { tee, sim_platform_key, tpm, tpm_ak, events, init_data, report_data } => {
+            let config = BrokerConfig {
+                tee: tee.map(|tee| tee.name().to_owned()),
+                sim_platform_key: sim_platform_key.clone(),
+                tpm: tpm.clone(),
+                tpm_ak: tpm_ak.clone(),
+                events: events.clone(),
+                init_data: init_data.clone(),
+                ..BrokerConfig::new("")
+            };
+            output::json(&attester_of(&config)?.evidence(&bytes_of_hex(report_data)?)?)
         }
         AttestCommand::Token { broker } => {
             let mut setup = Setup::new(global, false)?;

@@ -222,7 +222,8 @@ fn day(seconds: i64) -> String {
 }
 
 impl TeeName {
-    fn name(self) -> &'static str {
+    /// Its name in the protocol.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Snp => snp::TEE,
             Self::Tdx => dcap::TDX,

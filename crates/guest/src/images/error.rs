@@ -24,6 +24,9 @@ pub enum PullError {
     /// The policy, or the rules for the kinds of image, refuse it.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// Its admission could not be measured.
+    #[error(transparent)]
+    Event(#[from] nacre_attest::eventlog::runtime::RuntimeLogError),
     /// It is not unpacked, but mounted.
     #[error(
         "{0} is a lazy image, which is not pulled: mount it with `nacre image mount`, or run it with `nacre run --lazy`"

@@ -42,6 +42,7 @@ impl Images {
     pub fn admit_lazy(&self, source: &dyn ImageSource) -> Result<(Manifest, Admission), PullError> {
         let resolved = self.resolve(source)?;
         let (admission, _) = self.admit(&resolved, source.location(), source.signatures())?;
+        self.measure(&admission, source.location())?;
         Ok((resolved.manifest, admission))
     }
 
@@ -52,6 +53,7 @@ impl Images {
     pub fn admit_lazy_named(&self, source: &dyn ImageSource) -> Result<AdmittedLazy, PullError> {
         let resolved = self.resolve(source)?;
         let (admission, recording) = self.admit_from(&resolved, source.location(), source.signatures())?;
+        self.measure(&admission, source.location())?;
         let name = RefRecord {
             name: source.location().to_string(),
             manifest: *resolved.raw().digest(),

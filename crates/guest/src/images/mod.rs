@@ -9,6 +9,10 @@ mod stack;
 
 use std::sync::Arc;
 
+use nacre_attest::eventlog::{
+    runtime::RuntimeLog,
+    story::{Happening, Image as AdmittedImage},
+};
 use nacre_core::{Clock, Digest, KeySource, Progress};
 use nacre_lazy::artifact::is_lazy;
 use nacre_oci::{
@@ -68,6 +72,7 @@ pub struct Images {
     keyring: Keyring,
     options: PullOptions,
     progress: Arc<dyn Progress>,
+    events: Option<Arc<RuntimeLog>>,
 }
 
 /// An image that may run: admitted, all of its layers there and kept from removal as long as this lives.
@@ -133,7 +138,14 @@ impl Images {
         options: PullOptions,
         progress: Arc<dyn Progress>,
     ) -> Self {
-        Self { store, trust, keyring, options, progress }
+        Self { store, trust, keyring, options, progress, events: None }
+    }
+
+    /// Has each admission measured before anything is done for its sake.
+    #[must_use]
+    pub fn with_events(mut self, events: Option<Arc<RuntimeLog>>) -> Self {
+        self.events = events;
+        self
     }
 
     /// The store.
@@ -153,6 +165,7 @@ impl Images {
             return Err(PullError::Lazy(requested.to_string()));
         }
         let (admission, recording) = self.admit_from(&resolved, requested, source.signatures())?;
+        self.measure(&admission, requested)?;
         // Both at once: whoever removes the image meanwhile takes none of this pull's.
         let digest = resolved.raw().digest();
         let (config, config_bytes) = match (self.store.image(digest)?, self.store.image_config(digest)?) {
@@ -195,6 +208,7 @@ impl Images {
         let location: Location = name.name.parse().map_err(PullError::Reference)?;
         let (resolved, image) = self.stored(name)?;
         let (admission, _) = self.admit(&resolved, &location, Some(&recording_of(name)))?;
+        self.measure(&admission, &location)?;
         if image.lazy.is_some() {
             let lazy = Some(self.lazy_access(location, resolved.raw().clone(), &resolved.manifest)?);
             return Ok(PulledImage { image, admission, layers: Vec::new(), fetched: 0, lazy });
@@ -280,6 +294,14 @@ impl Images {
         let bytes = fetch::small_blob(source, &manifest.config)?;
         let config = ImageConfig::verify(nacre_core::Untrusted::new(bytes.clone()), manifest)?.into_inner();
         Ok((config, bytes))
+    }
+
+    /// Records an admission in the event log.
+    fn measure(&self, admission: &Admission, requested: &Location) -> Result<(), PullError> {
+        let Some(events) = &self.events else { return Ok(()) };
+        let signers = admission.admitted().signers().iter().map(|signer| signer.who.clone()).collect();
+        let (digest, image) = (admission.manifest().to_string(), requested.to_string());
+        Ok(events.record(&Happening::ImageAdmitted(AdmittedImage { digest, image, signers }))?)
     }
 
     fn resolve(&self, source: &dyn ImageSource) -> Result<Resolved, PullError> {

@@ -14,7 +14,7 @@
 //!
 //! The extra data are the first 32 bytes of the report data. Init data are extended into PCR 8, which held zeros.
 
-mod wire;
+pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 
