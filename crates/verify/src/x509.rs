@@ -4,15 +4,15 @@
 //! For each link: the issuer's name, its being a CA, both validity periods, the signature, no unknown critical extension, and, where
 //! there is a list of the issuer's, that the list is signed by it, in its time, and does not name the certificate.
 
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA384_ASN1, ECDSA_P384_SHA256_ASN1, ECDSA_P384_SHA384_ASN1,
+    RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384, RSA_PSS_2048_8192_SHA384, UnparsedPublicKey,
+    VerificationAlgorithm,
+};
 use der::{
     Decode as _, Encode as _, Header, Reader as _, SliceReader, Tag,
     asn1::{AnyRef, BitStringRef, ObjectIdentifier},
     oid::AssociatedOid as _,
-};
-use ring::signature::{
-    ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA384_ASN1, ECDSA_P384_SHA256_ASN1, ECDSA_P384_SHA384_ASN1,
-    RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384, RSA_PSS_2048_8192_SHA384, UnparsedPublicKey,
-    VerificationAlgorithm,
 };
 use x509_cert::{
     Certificate,
@@ -289,6 +289,12 @@ impl Cert {
         if !self.signed.holds(&issuer.key) {
             return fail(format!("its signature is not {}'s", issuer.name()));
         }
+        self.not_revoked(issuer, crl)
+    }
+
+    /// Whether a list of its issuer's does not name it.
+    pub(crate) fn not_revoked(&self, issuer: &Self, crl: Option<&VerifiedCrl>) -> Result<(), CertError> {
+        let fail = |why: String| Err(error(self.name(), why));
         match crl {
             Some(crl) if crl.issuer != issuer.parsed.tbs_certificate.subject => {
                 fail(format!("the revocation list is not that of its issuer {}", issuer.name()))

@@ -1,8 +1,8 @@
 //! The collateral of one quote, from the cache, with all its signatures and times checked.
 
+use aws_lc_rs::signature::ECDSA_P256_SHA256_FIXED;
 use base64::Engine as _;
 use nacre_attest::evidence::{EvidenceError, hex};
-use ring::signature::ECDSA_P256_SHA256_FIXED;
 use serde::{Deserialize, Serialize};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 

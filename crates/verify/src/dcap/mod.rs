@@ -18,9 +18,9 @@ pub(crate) mod tcb;
 
 use std::sync::Arc;
 
+use aws_lc_rs::signature::ECDSA_P256_SHA256_FIXED;
 use nacre_attest::evidence::{Claims, EvidenceError, Expected, Verifier, hex};
 use nacre_core::{Digest, Verified};
-use ring::signature::ECDSA_P256_SHA256_FIXED;
 use serde_json::{Map, Value};
 
 use self::{

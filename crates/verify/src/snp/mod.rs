@@ -12,13 +12,13 @@ mod roots;
 
 use std::sync::Arc;
 
+use aws_lc_rs::signature::ECDSA_P384_SHA384_FIXED;
 use der::{Decode as _, asn1::ObjectIdentifier};
 use nacre_attest::{
     evidence::{Claims, EvidenceError, Expected, Verifier, hex},
     snp_report::{Product, SnpReport, Tcb},
 };
 use nacre_core::Verified;
-use ring::signature::ECDSA_P384_SHA384_FIXED;
 use serde_json::{Value, json};
 
 pub use roots::{AmdRoots, RootsError};
@@ -200,7 +200,9 @@ impl SnpVerifier {
             return Err(collateral(format!("there is no revocation list of {}", roots.ark.name())));
         }
         roots.ark.usable(now).map_err(certificate)?;
-        authority.issued_by(&roots.ark, now, crl.as_ref()).map_err(certificate)?;
+        // That the ARK signed it was checked when it was trusted.
+        authority.usable(now).map_err(certificate)?;
+        authority.not_revoked(&roots.ark, crl.as_ref()).map_err(certificate)?;
         cert.issued_by(authority, now, None).map_err(certificate)?;
         Ok(roots.product)
     }

@@ -18,15 +18,15 @@ pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384,
+    RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384,
+};
 use nacre_attest::{
     eventlog,
     evidence::{Claims, EvidenceError, Expected, Verifier, hex},
 };
 use nacre_core::{Algorithm, Digest, Verified};
-use ring::signature::{
-    ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, RSA_PKCS1_2048_8192_SHA256, RSA_PKCS1_2048_8192_SHA384,
-    RSA_PSS_2048_8192_SHA256, RSA_PSS_2048_8192_SHA384,
-};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
