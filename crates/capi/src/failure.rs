@@ -70,7 +70,7 @@ impl From<ServiceError> for Failure {
             ServiceError::Crypt(_) | ServiceError::Key(_) | ServiceError::Broker(_) | ServiceError::Attester(_) => {
                 Errno::ACCESS
             }
-            ServiceError::Compose(_) | ServiceError::Mount(_) => Errno::IO,
+            ServiceError::Compose(_) | ServiceError::Mount(_) | ServiceError::Event(_) => Errno::IO,
             ServiceError::Config(_)
             | ServiceError::Policy(_)
             | ServiceError::InitData(_)
@@ -121,6 +121,7 @@ fn pull(error: &PullError) -> Errno {
     match error {
         PullError::Transport(error) => transport(error),
         PullError::Store(error) => store(error),
+        PullError::Event(_) => Errno::IO,
         PullError::Trust(_) | PullError::Key { .. } | PullError::LazyKey(_) => Errno::ACCESS,
         PullError::Reference(_) | PullError::Lazy(_) => Errno::INVAL,
         PullError::Manifest(_)
