@@ -7,7 +7,7 @@
 //! | [`tpm`] | TPM 2.0: quotes, PCRs, event logs |
 //! | [`Rules`] | what evidence has to be like, beside being genuine; strict by default |
 //! | [`Cache`] | collateral: certificates, revocation lists, TCB info |
-//! | [`import`], [`entries`] | how an operator fills the cache, and sees what is in it |
+//! | [`import()`], [`entries()`] | how an operator fills the cache, and sees what is in it |
 //! | [`Verifiers`] | all of them, by the TEE's name |
 //! | `x509` | certificates and revocation lists |
 //! | [`Genuine`] | evidence that is genuine, before it is bound to a session |

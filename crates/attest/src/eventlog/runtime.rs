@@ -1,6 +1,6 @@
 //! The writer of run-time events in a guest.
 //!
-//! The log is a file of entries ([`aael`](super::aael)) in a directory that only the guest can write, and that ends with the register: a tmpfs.
+//! The log is a file of entries ([`aael`]) in a directory that only the guest can write, and that ends with the register: a tmpfs.
 //! Write-ahead: the entry is in the file, and synced, before the register is extended; the register is extended before what the event
 //! says is done. So after any crash, at start, with `n` whole entries in the file:
 //!
