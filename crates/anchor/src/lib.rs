@@ -2,7 +2,7 @@
 //!
 //! - [`FileAnchor`]: a file in a directory that whoever attacks the disk cannot write.
 //! - [`TpmAnchor`]: an NV index of a TPM 2.0, by a device or by swtpm's socket.
-//! - [`AnchorSpec`]: how people spell which one.
+//! - [`AnchorSpec`]: how people spell which one; a third one, at a key broker, comes with the broker's client.
 //!
 //! What each of them holds, byte by byte, is in docs/formats/anchor.md.
 //!
@@ -17,5 +17,5 @@ mod spec;
 pub mod tpm;
 
 pub use file::FileAnchor;
-pub use spec::{AnchorSpec, SpecError};
+pub use spec::{AnchorSpec, OpenBroker, SpecError};
 pub use tpm::TpmAnchor;

@@ -1,4 +1,4 @@
-//! How people spell an anchor: `none`, `file:PATH`, `tpm:WHERE[,index=0x…][,owner-file=PATH]`.
+//! How people spell an anchor: `none`, `file:PATH`, `tpm:WHERE[,index=0x…][,owner-file=PATH]`, `broker:REPOSITORY/NAME`.
 
 use std::{fmt, fs::File, io::Read as _, path::PathBuf, str::FromStr, sync::Arc};
 
@@ -29,12 +29,17 @@ pub enum AnchorSpec {
         /// A file with the TPM's owner authorization, where it has one. It is needed for a new disk only.
         owner: Option<PathBuf>,
     },
+    /// At the key broker that the guest attests to, by this name. Whoever opens it brings the client.
+    Broker(String),
 }
+
+/// Opens an anchor at a key broker by its name.
+pub type OpenBroker<'a> = dyn Fn(&str) -> Result<Arc<dyn Anchor>, AnchorError> + 'a;
 
 /// Why a text spells no anchor.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "{text:?} is no anchor: {what}; write none, file:PATH, or tpm:WHERE[,index=0x01800010][,owner-file=PATH], where WHERE is a device, swtpm's socket, or HOST:PORT"
+    "{text:?} is no anchor: {what}; write none, file:PATH, broker:REPOSITORY/NAME, or tpm:WHERE[,index=0x01800010][,owner-file=PATH], where WHERE is a device, swtpm's socket, or HOST:PORT"
 )]
 pub struct SpecError {
     text: String,
@@ -42,15 +47,16 @@ pub struct SpecError {
 }
 
 impl AnchorSpec {
-    /// The anchor. `key` is for this purpose only: the disk's root key has a derivation for it.
+    /// The anchor. `key` is for this purpose only: the disk's root key has a derivation for it. `broker` opens one at a broker.
     ///
     /// # Errors
-    /// [`AnchorError::Failed`]: the file's name is none, or the owner authorization cannot be read. Nobody asks the TPM yet.
-    pub fn open(&self, key: &SecretArray<32>) -> Result<Option<Arc<dyn Anchor>>, AnchorError> {
+    /// [`AnchorError::Failed`]: the file's name is none, or the owner authorization cannot be read. Nobody asks TPM or broker yet.
+    pub fn open(&self, key: &SecretArray<32>, broker: &OpenBroker<'_>) -> Result<Option<Arc<dyn Anchor>>, AnchorError> {
         Ok(match self {
             Self::None => None,
             Self::File(path) => Some(Arc::new(FileAnchor::new(path)?)),
             Self::Tpm { address, index, owner } => Some(Arc::new(self.tpm(address, *index, owner.as_ref(), key)?)),
+            Self::Broker(name) => Some(broker(name)?),
         })
     }
 
@@ -63,6 +69,10 @@ impl AnchorSpec {
             Self::None => Ok(()),
             Self::File(path) => FileAnchor::new(path)?.forget(),
             Self::Tpm { address, index, owner } => self.tpm(address, *index, owner.as_ref(), key)?.forget(),
+            Self::Broker(name) => Err(AnchorError::Untrusted {
+                anchor: self.to_string(),
+                what: format!("only an administrator of the broker removes it: nacre broker anchor rm {name}"),
+            }),
         }
     }
 
@@ -105,6 +115,12 @@ impl FromStr for AnchorSpec {
             None if text == "none" => Ok(Self::None),
             Some(("file", "")) => Err(error("file: needs a path")),
             Some(("file", path)) => Ok(Self::File(path.into())),
+            Some(("broker", name)) => match name.split_once('/') {
+                Some((repository, rest)) if !repository.is_empty() && !rest.is_empty() && !rest.contains('/') => {
+                    Ok(Self::Broker(name.to_owned()))
+                }
+                _ => Err(error("broker: needs REPOSITORY/NAME")),
+            },
             Some(("tpm", rest)) => tpm(rest).map_err(|what| error(&what)),
             Some((kind, _)) => Err(error(&format!("there is no kind {kind:?}"))),
             None => Err(error("it names no kind")),
@@ -142,6 +158,7 @@ impl fmt::Display for AnchorSpec {
         match self {
             Self::None => f.write_str("none"),
             Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Broker(name) => write!(f, "broker:{name}"),
             Self::Tpm { address, index, owner } => {
                 write!(f, "tpm:{address},index={index}")?;
                 owner.as_ref().map_or(Ok(()), |path| write!(f, ",owner-file={}", path.display()))
@@ -160,6 +177,7 @@ mod tests {
             "none",
             "file:/a/b,c",
             "file:a",
+            "broker:team/disk",
             "tpm:/dev/tpmrm0,index=0x01800010",
             "tpm:./sock,index=0x01800011,owner-file=/a",
             "tpm:localhost:2321,index=0x01bfffff",
@@ -176,6 +194,9 @@ mod tests {
             ("", "names no kind"),
             ("None", "names no kind"),
             ("/dev/tpm0", "names no kind"),
+            ("broker:", "needs REPOSITORY/NAME"),
+            ("broker:team", "needs REPOSITORY/NAME"),
+            ("broker:a/b/c", "needs REPOSITORY/NAME"),
             ("none:", "no kind \"none\""),
             ("file:", "needs a path"),
             ("tpm:", "needs a device"),

@@ -9,7 +9,9 @@ use nacre_core::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use crate::{Administrator, AuditEntry, AuditHead, Lease, PutOptions, Resource, Revocation, admin_token};
+use crate::{
+    Administrator, AuditEntry, AuditHead, Lease, PutOptions, References, Resource, Revocation, Signer, admin_token,
+};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -236,9 +238,8 @@ impl AdminClient {
     /// [`ClientError`].
     pub fn resource_policy(&self, scope: &ResourceScope<'_>) -> Result<String, ClientError> {
         let answer: Value = self.get("get resource policy", &scope.path())?;
-        let bytes = b64::decode(answer.get("policy").and_then(Value::as_str).unwrap_or_default());
-        let text = bytes.ok().and_then(|bytes| String::from_utf8(bytes).ok());
-        text.ok_or_else(|| ClientError::Answer { step: "get resource policy", why: "no policy in it".into() })
+        policy_of(&answer)
+            .ok_or_else(|| ClientError::Answer { step: "get resource policy", why: "no policy in it".into() })
     }
 
     /// Sets a reference value, until `expires` (seconds since 1970) or for a year.
@@ -257,6 +258,66 @@ impl AdminClient {
     /// [`ClientError`].
     pub fn reference_value(&self, id: &str) -> Result<Option<Vec<Value>>, ClientError> {
         self.get("get reference value", &format!("/kbs/v0/reference-value/{id}"))
+    }
+
+    /// All reference values, those that have expired too.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn references(&self) -> Result<References, ClientError> {
+        self.get("list reference values", "/kbs/v0/reference-values")
+    }
+
+    /// Revokes a reference value.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_reference(&self, id: &str) -> Result<(), ClientError> {
+        self.call("revoke reference value", &format!("/kbs/v0/reference-value/{id}"), Call::Delete).map(drop)
+    }
+
+    /// Takes a signed reference document.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn import_references(&self, document: &str) -> Result<(), ClientError> {
+        let body = json!({"version": "0.1.0", "type": crate::reference::SIGNED, "payload": document});
+        self.post("take reference document", "/kbs/v0/reference-value", &body)
+    }
+
+    /// Those who may sign reference values.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn signers(&self) -> Result<Vec<Signer>, ClientError> {
+        self.get("list signers", "/kbs/v0/reference-signers")
+    }
+
+    /// Lets somebody sign reference values.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn set_signer(&self, signer: &Signer) -> Result<(), ClientError> {
+        self.post("set signer", "/kbs/v0/reference-signers", &json!(signer))
+    }
+
+    /// Lets somebody sign no more, and with `values` removes what they signed.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn delete_signer(&self, name: &str, values: bool) -> Result<(), ClientError> {
+        let path = format!("/kbs/v0/reference-signers/{name}?values={values}");
+        self.call("remove signer", &path, Call::Delete).map(drop)
+    }
+
+    /// An appraisal policy by its id.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn attestation_policy(&self, id: &str) -> Result<String, ClientError> {
+        let answer: Value = self.get("get attestation policy", &format!("/kbs/v0/attestation-policy/{id}"))?;
+        policy_of(&answer)
+            .ok_or_else(|| ClientError::Answer { step: "get attestation policy", why: "no policy in it".into() })
     }
 
     /// Trusts a simulated platform.
@@ -284,6 +345,11 @@ impl std::fmt::Debug for AdminClient {
     }
 }
 
+fn policy_of(answer: &Value) -> Option<String> {
+    let bytes = b64::decode(answer.get("policy").and_then(Value::as_str).unwrap_or_default());
+    bytes.ok().and_then(|bytes| String::from_utf8(bytes).ok())
+}
+
 /// How far a volume has come, by its anchor.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct AnchorInfo {
@@ -304,13 +370,15 @@ pub enum ResourceScope<'a> {
     Repository(&'a str),
     /// One resource.
     Resource(&'a ResourcePath),
+    /// As it is spelled: nothing, a repository, `repository/type` or a whole path.
+    Named(&'a str),
 }
 
 impl ResourceScope<'_> {
     fn path(&self) -> String {
         match self {
-            Self::All => "/kbs/v0/resource-policy".into(),
-            Self::Repository(name) => format!("/kbs/v0/resource-policy?scope={name}"),
+            Self::All | Self::Named("") => "/kbs/v0/resource-policy".into(),
+            Self::Repository(name) | Self::Named(name) => format!("/kbs/v0/resource-policy?scope={name}"),
             Self::Resource(path) => format!("/kbs/v0/resource-policy?scope={path}"),
         }
     }

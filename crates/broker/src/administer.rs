@@ -187,6 +187,14 @@ impl Broker {
         self.store.delete_admin(name, entry("administrator removed", actor, name.to_owned()))
     }
 
+    /// An appraisal policy by its id.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn attestation_policy(&self, id: &str) -> Result<Option<String>, BrokerError> {
+        Ok(self.store.config()?.policy(&format!("attestation/{id}")).map(|policy| policy.text().to_owned()))
+    }
+
     /// Removes the release policy of a scope, so that the next wider one decides; says whether there was one.
     ///
     /// # Errors

@@ -147,23 +147,25 @@ impl Broker {
         set(&mut input, "init_data_claims", init_claims(usize::MAX));
         set(&mut evidence, "init_data_claims", init_claims(LONGEST_CLAIM));
 
-        let (vector, policy_name) = self.trust(input)?;
+        let (vector, policy_name) = self.trust(tee, input)?;
         let ear = self.result(vector, evidence, claims.simulated);
         let audit = audit_entry(&ear, &claims, &key, policy_name);
         Ok((ear, audit))
     }
 
-    fn trust(&self, input: Value) -> Result<(TrustVector, String), ApiError> {
-        let refuse =
-            |why: String| refused("PolicyEngineError", format!("attestation policy {}: {why}", policy::DEFAULT_CPU));
+    /// By the policy of the TEE's class, where it has one; by that of all CPUs otherwise.
+    fn trust(&self, tee: &str, input: Value) -> Result<(TrustVector, String), ApiError> {
         let config = self.store.config()?;
-        let policy = config
-            .policy(&format!("attestation/{}", policy::DEFAULT_CPU))
-            .ok_or_else(|| refuse("there is none".into()))?;
+        let own = policy::class_of(tee);
+        let found = [own.as_str(), policy::DEFAULT_CPU]
+            .into_iter()
+            .find_map(|id| config.policy(&format!("attestation/{id}")).map(|policy| (id, policy)));
+        let (id, policy) = found.ok_or_else(|| refused("PolicyEngineError", "there is no attestation policy"))?;
+        let refuse = |why: String| refused("PolicyEngineError", format!("attestation policy {id}: {why}"));
         let claims = policy.evaluate(policy::TRUST_CLAIMS, input, None, config.references()).map_err(refuse)?;
         let claims = serde_json::from_value(claims).map_err(|e| refuse(format!("trust_claims: {e}")))?;
         let vector = TrustVector::new(claims).map_err(|name| refuse(format!("'{name:.40}' is no trust claim")))?;
-        Ok((vector, policy_name(policy::DEFAULT_CPU, policy.text())))
+        Ok((vector, policy_name(id, policy.text())))
     }
 
     fn result(&self, vector: TrustVector, evidence: Value, simulated: bool) -> Ear {

@@ -32,7 +32,7 @@ use crate::{
 /// Bytes of a resource at most.
 pub(crate) const LONGEST_RESOURCE: usize = 4 * 1024 * 1024;
 /// Values of one reference value at most.
-const MOST_VALUES: usize = 1024;
+pub(crate) const MOST_VALUES: usize = 1024;
 /// A reference value without an end of its own ends after a year.
 const REFERENCE_LIFETIME: i64 = 365 * 86_400;
 /// The actor of changes that are made without HTTP, by whoever can open the directory.
@@ -173,7 +173,7 @@ impl Broker {
         Ok(self.store.resources("")?.into_iter().map(|resource| resource.path).collect())
     }
 
-    /// Sets an appraisal policy; `default_cpu` is the one that is used.
+    /// Sets an appraisal policy: `<tee>_cpu` for a TEE's class, `default_cpu` for those that have none.
     ///
     /// # Errors
     /// [`BrokerError::Policy`] for a text that is none.
@@ -182,9 +182,9 @@ impl Broker {
     }
 
     pub(crate) fn set_attestation_policy_as(&self, actor: &str, id: &str, text: &str) -> Result<(), BrokerError> {
-        if id != policy::DEFAULT_CPU {
+        if !policy::is_class(id) {
             return Err(BrokerError::Invalid(format!(
-                "attestation policy '{id:.100}': only {} is used",
+                "attestation policy '{id:.100}': {} and <tee>_cpu, as in snp_cpu, are used",
                 policy::DEFAULT_CPU
             )));
         }
@@ -237,13 +237,18 @@ impl Broker {
         values: Vec<Value>,
         expires: Option<i64>,
     ) -> Result<(), BrokerError> {
-        let fine = (1..=200).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
-        if !fine || values.len() > MOST_VALUES {
+        if !crate::reference::is_name(id) || values.len() > MOST_VALUES {
             return Err(BrokerError::Invalid(format!(
                 "reference value '{id:.100}': a name of 200 printable characters and {MOST_VALUES} values at most"
             )));
         }
-        let value = ReferenceValue { values, expires: expires.unwrap_or_else(|| now() + REFERENCE_LIFETIME) };
+        let expires = expires.unwrap_or_else(|| now() + REFERENCE_LIFETIME);
+        let value = ReferenceValue { values, expires, issuer: String::new() };
+        if self.settings.signed_references_only {
+            return Err(BrokerError::Invalid(
+                "this broker takes signed reference documents only (signed_references_only in its broker.toml)".into(),
+            ));
+        }
         let mut entry = entry("reference value set", actor, id.to_owned());
         entry.detail = format!("{} values, until {}", value.values.len(), value.expires);
         self.store.set_reference(id, &value, entry)
@@ -254,8 +259,11 @@ impl Broker {
     pub(crate) fn add_reference_message(&self, actor: &str, message: &[u8]) -> Result<(), BrokerError> {
         let invalid = |why: String| BrokerError::Invalid(format!("reference value message: {why}"));
         let message: ReferenceMessage = serde_json::from_slice(message).map_err(|e| invalid(e.to_string()))?;
+        if message.kind == crate::reference::SIGNED {
+            return self.import_references_as(actor, &message.payload).map(drop);
+        }
         if message.kind != "sample" || !message.version.starts_with("0.1") {
-            return Err(invalid("version 0.1.x and type sample are read".into()));
+            return Err(invalid(format!("version 0.1.x and types sample and {} are read", crate::reference::SIGNED)));
         }
         let payload = BASE64_STANDARD.decode(&message.payload).map_err(|e| invalid(e.to_string()))?;
         let values: std::collections::BTreeMap<String, Value> =

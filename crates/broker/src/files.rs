@@ -52,6 +52,8 @@ pub struct Settings {
     pub session_lifetime_seconds: u32,
     /// Sessions at a time; the oldest goes when there are more.
     pub most_sessions: usize,
+    /// Whether reference values come in signed documents only.
+    pub signed_references_only: bool,
     /// Calls of one address a second; 0: any number.
     pub calls_per_second: u32,
     /// Calls that are worked on at a time; more are told to come back.
@@ -79,6 +81,7 @@ impl Default for Settings {
             token_lifetime_seconds: 300,
             session_lifetime_seconds: 300,
             most_sessions: 10_000,
+            signed_references_only: false,
             calls_per_second: 200,
             most_calls: 64,
             resource_versions: 3,

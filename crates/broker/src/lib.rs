@@ -8,6 +8,7 @@
 //! | `store` | what is kept there: sealed records of resources, policies, reference values, platforms, sessions; the audit log |
 //! | [`MasterKey`] | what wraps the keys that seal the records |
 //! | `policy` | Rego, bounded in time, denying by default |
+//! | `reference` | signed documents of reference values |
 //! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
 //! | `admin` | the administrator's tokens |
 //! | [`server`] | the HTTP service under `/kbs/v0` |
@@ -30,6 +31,7 @@ mod limit;
 mod master;
 mod metrics;
 mod policy;
+mod reference;
 mod release;
 pub mod server;
 mod storage;
@@ -42,6 +44,8 @@ pub use broker::{Broker, InitOptions};
 pub use error::{ApiError, BrokerError};
 pub use files::{OpenMaster, Settings};
 pub use master::{MasterKey, MasterKeyError};
+pub use policy::{References, Trace, TraceLine, trace};
+pub use reference::{ReferenceDocument, Signer};
 pub use server::{Handle, Transport, serve};
 pub use storage::StorageError;
 pub use store::{

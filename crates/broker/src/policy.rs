@@ -4,13 +4,14 @@
 //! (an error, no value, another type, too long) is a refusal, whose reason the caller sees and logs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     num::NonZeroU32,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use regorus::utils::limits::ExecutionTimerConfig;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::{admin::now, store::ReferenceValue};
@@ -30,7 +31,8 @@ pub(crate) const LONGEST: usize = 256 * 1024;
 const TIME_LIMIT: Duration = Duration::from_secs(2);
 const CHECK_EVERY: NonZeroU32 = NonZeroU32::MIN.saturating_add(63);
 
-pub(crate) type References = BTreeMap<String, ReferenceValue>;
+/// Reference values by their names.
+pub type References = BTreeMap<String, ReferenceValue>;
 
 /// A policy: compiled when it is first asked, and then by copies of what was compiled.
 pub(crate) struct Policy {
@@ -85,6 +87,119 @@ fn run(mut engine: regorus::Engine, rule: &str, input: Value, data: Option<Value
     }
 }
 
+/// What an appraisal policy is for: the id of its class, `<tee>_cpu`, goes before the one of all of them.
+pub(crate) fn class_of(tee: &str) -> String {
+    format!("{tee}_cpu")
+}
+
+/// Whether a name is one of an appraisal policy.
+pub(crate) fn is_class(id: &str) -> bool {
+    id.strip_suffix("_cpu").is_some_and(|tee| {
+        (1..=32).contains(&tee.len()) && tee.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+    })
+}
+
+/// What a policy gave, and how far each of its rules came.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trace {
+    /// What the rule gave; `None` where it failed or has no value.
+    pub value: Option<Value>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The lines of the policy that have code.
+    pub lines: Vec<TraceLine>,
+}
+
+/// A line of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TraceLine {
+    /// Its number, from 1.
+    pub number: u32,
+    /// Its text.
+    pub text: String,
+    /// Whether it was evaluated.
+    pub reached: bool,
+    /// Whether it is the last one that was evaluated of a rule that does not hold: it is false or has no value here.
+    pub stopped: bool,
+}
+
+/// Evaluates a policy and notes what of it was evaluated, for people who want to know why it refuses. `appraisal`: the rule of appraisal
+/// policies, else that of release policies. The limits are those of the broker.
+pub fn trace(policy: &str, appraisal: bool, input: Value, data: Option<Value>, references: References) -> Trace {
+    let rule = if appraisal { TRUST_CLAIMS } else { ALLOW };
+    let prepared = engine(policy).and_then(|mut engine| {
+        engine.set_enable_coverage(true);
+        add_references(&mut engine, Arc::new(references))?;
+        engine.set_input(regorus::Value::from(input));
+        data.map_or(Ok(()), |data| engine.add_data(regorus::Value::from(data)).map_err(|e| shorten(&e)))?;
+        Ok(engine)
+    });
+    let mut engine = match prepared {
+        Ok(engine) => engine,
+        Err(error) => return Trace { value: None, error: Some(error), lines: Vec::new() },
+    };
+    let (value, error) = match engine.eval_rule(rule.to_owned()) {
+        Ok(regorus::Value::Undefined) => (None, Some(format!("{rule} has no value for this input"))),
+        Ok(value) => (serde_json::to_value(&value).ok(), None),
+        Err(error) => (None, Some(shorten(&error))),
+    };
+    let report = engine.get_coverage_report().ok().and_then(|report| report.files.into_iter().next());
+    let Some(file) = report else { return Trace { value, error, lines: Vec::new() } };
+    // Asked for only now: what they evaluate is not part of the answer.
+    let lines = lines(policy, &file.covered, &file.not_covered, &mut |name| holds(&mut engine, policy, name));
+    Trace { value, error, lines }
+}
+
+/// Whether a rule has another value than none, false, or its default.
+fn holds(engine: &mut regorus::Engine, policy: &str, name: &str) -> bool {
+    let value =
+        engine.eval_rule(format!("data.policy.{name}")).ok().filter(|value| *value != regorus::Value::Undefined);
+    let value = value.and_then(|value| serde_json::to_value(&value).ok()).filter(|value| *value != Value::Bool(false));
+    let start = format!("default {name} := ");
+    let default = policy.lines().find_map(|line| serde_json::from_str::<Value>(line.trim().strip_prefix(&start)?).ok());
+    value.is_some() && value != default
+}
+
+/// The name of the rule that a line begins.
+fn rule_name(line: &str) -> Option<&str> {
+    let end = line.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(line.len());
+    let name = line.get(..end).filter(|name| !name.is_empty())?;
+    (!matches!(name, "default" | "import" | "package" | "else")).then_some(name)
+}
+
+fn lines(
+    policy: &str,
+    covered: &BTreeSet<u32>,
+    not_covered: &BTreeSet<u32>,
+    holds: &mut dyn FnMut(&str) -> bool,
+) -> Vec<TraceLine> {
+    let mut lines: Vec<TraceLine> = Vec::new();
+    // Where in `lines` the body of a rule that does not hold was left last.
+    let mut last: Option<usize> = None;
+    let mut failed = false;
+    let stop = |lines: &mut Vec<TraceLine>, at: Option<usize>| {
+        if let Some(line) = at.and_then(|at| lines.get_mut(at)) {
+            line.stopped = true;
+        }
+    };
+    for (number, text) in (1..).zip(policy.lines()) {
+        if let Some(name) = rule_name(text) {
+            stop(&mut lines, last.take());
+            failed = text.contains(" if ") && !holds(name);
+        }
+        if !covered.contains(&number) && !not_covered.contains(&number) {
+            continue;
+        }
+        let reached = covered.contains(&number);
+        lines.push(TraceLine { number, text: text.to_owned(), reached, stopped: false });
+        if failed && reached {
+            last = Some(lines.len() - 1);
+        }
+    }
+    stop(&mut lines, last);
+    lines
+}
+
 /// Whether a text can serve as a policy with such a rule.
 pub(crate) fn check(policy: &str, rule: &str) -> Result<(), String> {
     if policy.len() > LONGEST {
@@ -131,7 +246,9 @@ mod tests {
     fn references(entries: &[(&str, Value)]) -> References {
         entries
             .iter()
-            .map(|(id, value)| ((*id).into(), ReferenceValue { values: vec![value.clone()], expires: i64::MAX }))
+            .map(|(id, value)| {
+                ((*id).into(), ReferenceValue { values: vec![value.clone()], expires: i64::MAX, issuer: String::new() })
+            })
             .collect()
     }
 
@@ -199,6 +316,32 @@ mod tests {
             assert!(check(bad, ALLOW).is_err(), "{bad}");
         }
         assert!(check(&format!("{DEFAULT_RESOURCE_TEXT}\n{}", "# x\n".repeat(LONGEST)), ALLOW).is_err());
+    }
+
+    #[test]
+    fn a_trace_says_which_line_said_no() {
+        let policy = "package policy\nimport rego.v1\ndefault allow := false\nallow if {\n  input.a == 1\n  input.b == 2\n  input.c == 3\n}\n";
+        let trace = |input: Value| trace(policy, false, input, None, References::new());
+        let stopped = |input: Value| {
+            let trace = trace(input);
+            (trace.value, trace.lines.iter().filter(|line| line.stopped).map(|line| line.number).collect::<Vec<_>>())
+        };
+        assert_eq!(stopped(json!({"a": 1, "b": 9, "c": 3})), (Some(false.into()), vec![6]));
+        assert_eq!(stopped(json!({"a": 1, "b": 2, "c": 9})), (Some(false.into()), vec![7]));
+        assert_eq!(stopped(json!({"a": 1, "b": 2, "c": 3})), (Some(true.into()), vec![]));
+        let failed = super::trace("package policy\nallow := ", false, json!({}), None, References::new());
+        assert!(failed.value.is_none() && failed.error.is_some());
+        // The one that is shipped, on a guest that is not recognised.
+        let input =
+            json!({"sim": {"simulated": true, "measurement": "aa", "init_data": "bb", "svn": 2, "debug": true}});
+        let shipped =
+            super::trace(DEFAULT_CPU_TEXT, true, input, None, references(&[("sim.measurement", json!("ab"))]));
+        assert_eq!(shipped.value.unwrap()["executables"], 33);
+        assert!(
+            shipped.lines.iter().any(|line| line.stopped && line.text.contains("input.sim.debug == false")),
+            "{:?}",
+            shipped.lines
+        );
     }
 
     #[test]

@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 
 use nacre_attest::{
+    client::successor,
     ear::Ear,
     evidence::{Expected, Verifier as _},
     initdata::InitData,
     jcs, offline,
-    rcar::{Attestation, Challenge, ErrorBody, Request, TokenReply, report_data},
+    rcar::{
+        AdvanceMessage, AnchorMessage, Attestation, Challenge, ErrorBody, LeaseReply, Request, TokenReply, report_data,
+    },
     sim::SimVerifier,
 };
 use nacre_core::jose::{Jwk, PublicKey};
@@ -16,6 +19,11 @@ use crate::texts;
 
 pub(crate) fn broker(bytes: &[u8]) {
     let _ = (Request::parse(bytes).is_ok(), Challenge::parse(bytes).is_ok(), TokenReply::parse(bytes).is_ok());
+    let _ =
+        (AnchorMessage::parse(bytes).is_ok(), AdvanceMessage::parse(bytes).is_ok(), LeaseReply::parse(bytes).is_ok());
+    if let Some(key) = key() {
+        assert!(successor(bytes, &key, "x").is_err(), "nobody has that key");
+    }
     let _ = ErrorBody::parse(bytes).map(|body| body.variant().len());
     let Ok(attestation) = Attestation::parse(bytes) else { return };
     let Ok(report_data) = report_data(&attestation.runtime_data, &attestation.tee_evidence.additional_evidence) else {
@@ -44,6 +52,10 @@ pub(crate) fn brokers() -> Vec<Vec<u8>> {
         r#"{"init-data":{"format":"toml","body":"algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n"},"runtime-data":{"nonce":"AAAA","tee-pubkey":{"kty":"EC","crv":"P-256","alg":"ECDH-ES+A256KW","x":"AA","y":"AA"}},"tee-evidence":{"primary_evidence":{"simulated":true,"report":"eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.e30.AAAA"},"additional_evidence":"{}"}}"#,
         r#"{"runtime-data":{"nonce":"\ud83d\ude00","tee-pubkey":[1e21,-0,1.5,{"b":1,"a":2}]},"tee-evidence":{"primary_evidence":null}}"#,
         r#"{"token":"eyJhbGciOiJFUzI1NiJ9.e30.AAAA"}"#,
+        r#"{"state":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=="}"#,
+        r#"{"expected":null,"next":"AAAA"}"#,
+        r#"{"seconds":60}"#,
+        r#"{"keys":[{"kty":"EC","nacre.succession":"eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.e30.AAAA"}]}"#,
         r#"{"type":"https://github.com/confidential-containers/kbs/errors/PolicyDeny","detail":"no"}"#,
     ])
 }
@@ -85,5 +97,20 @@ pub(crate) fn tokens() -> Vec<Vec<u8>> {
         "eyJhbGciOiJub25lIn0.e30.",
         r#"{"default/key/1":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}"#,
         r#"{"a/../b":"AA==","b":[1e21,1e-7,-0.0,0.1,9007199254740993,{"é":"\u0001","Z":null}]}"#,
+    ])
+}
+
+/// A document of reference values that nobody signed, and a policy's text with what it would say.
+pub(crate) fn reference_document(bytes: &[u8]) {
+    if let (Ok(text), Some(key)) = (std::str::from_utf8(bytes), key()) {
+        assert!(nacre_broker::ReferenceDocument::verify(text, &key).is_err(), "nobody has that key");
+    }
+}
+
+pub(crate) fn reference_documents() -> Vec<Vec<u8>> {
+    texts(&[
+        "eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.eyJwcm9maWxlIjoibmFjcmUtcmVmZXJlbmNlLTEifQ.AAAA",
+        "eyJhbGciOiJub25lIn0.e30.",
+        "a.b.c",
     ])
 }

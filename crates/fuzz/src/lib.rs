@@ -54,6 +54,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "headers", run: registries::headers, seeds: registries::header_values },
     Target { name: "url", run: registries::url, seeds: registries::urls },
     Target { name: "broker", run: attestation::broker, seeds: attestation::brokers },
+    Target {
+        name: "reference_document",
+        run: attestation::reference_document,
+        seeds: attestation::reference_documents,
+    },
     Target { name: "init_data", run: attestation::init_data, seeds: attestation::init_datas },
     Target { name: "tar", run: layers::tar, seeds: layers::tars },
     Target { name: "apply", run: layers::apply, seeds: layers::tars },

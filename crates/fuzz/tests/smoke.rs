@@ -28,6 +28,7 @@ smoke!(
     auth_file,
     url,
     broker,
+    reference_document,
     init_data,
     token,
     headers,

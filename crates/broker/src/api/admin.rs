@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{App, Body, Parameters, Reply, administer, body, ok, parse, resource_path};
 use crate::{
-    ApiError, AuditHead, PutOptions, ResourceKind, Revocation,
+    ApiError, AuditHead, PutOptions, ResourceKind, Revocation, Signer,
     admin::{Administrator, Need},
 };
 
@@ -281,6 +281,63 @@ pub(super) async fn add_reference_value(State(app): State<App>, headers: HeaderM
 pub(super) async fn reference_value(State(app): State<App>, Path(id): Path<String>, headers: HeaderMap) -> Reply {
     let value = administer(app, &headers, Need::Read(None), move |broker, _| Ok(broker.reference_value(&id)?)).await?;
     Ok(ok(&value.map(|reference| reference.values)))
+}
+
+pub(super) async fn references(State(app): State<App>, headers: HeaderMap) -> Reply {
+    let list = administer(app, &headers, Need::Read(None), |broker, _| Ok(broker.references()?)).await?;
+    Ok(ok(&list))
+}
+
+pub(super) async fn delete_reference(State(app): State<App>, Path(id): Path<String>, headers: HeaderMap) -> Reply {
+    administer(app, &headers, Need::ChangeAll, move |broker, actor| {
+        match broker.delete_reference_as(&actor.name, &id)? {
+            true => Ok(()),
+            false => Err(ApiError::new(404, "ReferenceNotFound", format!("there is no reference value {id}"))),
+        }
+    })
+    .await?;
+    Ok(ok(&json!({})))
+}
+
+pub(super) async fn signers(State(app): State<App>, headers: HeaderMap) -> Reply {
+    let list = administer(app, &headers, Need::Read(None), |broker, _| Ok(broker.signers()?)).await?;
+    Ok(ok(&list))
+}
+
+pub(super) async fn set_signer(State(app): State<App>, headers: HeaderMap, bytes: Body) -> Reply {
+    let bytes = body(bytes)?;
+    administer(app, &headers, Need::ChangeAll, move |broker, actor| {
+        Ok(broker.set_signer_as(&actor.name, &parse::<Signer>(&bytes)?)?)
+    })
+    .await?;
+    Ok(ok(&json!({})))
+}
+
+pub(super) async fn delete_signer(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(query): Parameters,
+    headers: HeaderMap,
+) -> Reply {
+    let values = query.get("values").is_some_and(|text| text == "true");
+    administer(app, &headers, Need::ChangeAll, move |broker, actor| {
+        match broker.delete_signer_as(&actor.name, &name, values)? {
+            true => Ok(()),
+            false => Err(ApiError::new(404, "SignerNotFound", format!("there is no signer {name}"))),
+        }
+    })
+    .await?;
+    Ok(ok(&json!({})))
+}
+
+pub(super) async fn attestation_policy(State(app): State<App>, Path(id): Path<String>, headers: HeaderMap) -> Reply {
+    let text = administer(app, &headers, Need::Read(None), move |broker, _| {
+        broker
+            .attestation_policy(&id)?
+            .ok_or_else(|| ApiError::new(404, "PolicyNotFound", format!("there is no attestation policy {id}")))
+    })
+    .await?;
+    Ok(ok(&json!({"policy": b64::encode(text)})))
 }
 
 pub(super) async fn add_sim_platform(State(app): State<App>, headers: HeaderMap, bytes: Body) -> Reply {

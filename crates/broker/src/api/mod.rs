@@ -10,9 +10,10 @@
 //! POST, DELETE /kbs/v0/resource/…[?kind=&lease=]   admin
 //! POST /kbs/v0/resource-rotation/{repository}/{type}/{tag}     admin
 //! GET  /kbs/v0/resources                           admin: what is known of them but values
-//! POST /kbs/v0/attestation-policy                  admin {type, policy_id, policy}
+//! POST /kbs/v0/attestation-policy, GET …/{id}      admin {type, policy_id, policy}
 //! POST, GET, DELETE /kbs/v0/resource-policy[?scope=…]      admin {policy}
-//! POST /kbs/v0/reference-value, GET …/{id}         admin
+//! POST /kbs/v0/reference-value, GET, DELETE …/{id} admin; GET /reference-values
+//! GET, POST /kbs/v0/reference-signers, DELETE …/{name}[?values=true]   admin
 //! POST /kbs/v0/sim-platform                        admin: a PEM public key
 //! GET  /kbs/v0/leases, POST /kbs/v0/lease-revocation       admin
 //! GET  /kbs/v0/anchors, DELETE /kbs/v0/anchor/…    admin
@@ -104,7 +105,11 @@ pub(crate) fn router(broker: Arc<Broker>, secure: bool) -> Router {
             get(admin::resource_policy).post(admin::set_resource_policy).delete(admin::delete_resource_policy),
         )
         .route("/reference-value", post(admin::add_reference_value))
-        .route("/reference-value/{id}", get(admin::reference_value))
+        .route("/reference-value/{id}", get(admin::reference_value).delete(admin::delete_reference))
+        .route("/reference-values", get(admin::references))
+        .route("/reference-signers", get(admin::signers).post(admin::set_signer))
+        .route("/reference-signers/{name}", delete(admin::delete_signer))
+        .route("/attestation-policy/{id}", get(admin::attestation_policy))
         .route("/sim-platform", post(admin::add_sim_platform))
         .route("/leases", get(admin::leases))
         .route("/lease-revocation", post(admin::revoke))

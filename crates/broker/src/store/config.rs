@@ -4,8 +4,9 @@
 //! meta        revision           decimal; changed with each row below
 //! policies    attestation/<id>   Rego
 //!             resource[/<scope>] Rego; the scope is a repository, repository/type or a whole path
-//! references  id                 JSON {"values":[…],"expires":seconds since 1970}
+//! references  id                 JSON {"values":[…],"expires":seconds since 1970,"issuer"?}
 //! platforms   tee/thumbprint     PEM public key
+//!             reference-signer/<name>   JSON [`Signer`](crate::reference::Signer)
 //! admins      name               JSON [`Administrator`]
 //! ```
 
@@ -23,6 +24,9 @@ use crate::{
     storage::{Table, Tx},
 };
 
+/// Where among the platforms those are who sign reference values.
+const SIGNERS: &str = "reference-signer";
+
 /// A reference value: what a measurement is compared with.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +35,9 @@ pub struct ReferenceValue {
     pub values: Vec<Value>,
     /// When they cease to be, in seconds since 1970.
     pub expires: i64,
+    /// Who signed the document that they came in; empty where an administrator set them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub issuer: String,
 }
 
 /// The configuration as of a revision.
@@ -125,6 +132,12 @@ impl Config {
         self.policies.iter().map(|(key, policy)| (key.as_str(), policy.text()))
     }
 
+    /// Those who may sign reference values, as JSON.
+    pub(crate) fn signers(&self) -> impl Iterator<Item = &str> {
+        let start = format!("{SIGNERS}/");
+        self.platforms.iter().filter(move |(key, _)| key.starts_with(&start)).map(|(_, text)| text.as_str())
+    }
+
     /// The public keys of the platforms of a TEE.
     pub(crate) fn platforms(&self, tee: &str) -> Vec<&str> {
         let start = format!("{tee}/");
@@ -176,6 +189,45 @@ impl Store {
 
     pub(crate) fn delete_admin(&self, name: &str, entry: AuditEntry) -> Result<bool, BrokerError> {
         self.configure(Table::Admins, name, None, entry)
+    }
+
+    pub(crate) fn delete_reference(&self, id: &str, entry: AuditEntry) -> Result<bool, BrokerError> {
+        self.configure(Table::References, id, None, entry)
+    }
+
+    pub(crate) fn set_signer(
+        &self,
+        name: &str,
+        value: Option<Vec<u8>>,
+        entry: AuditEntry,
+    ) -> Result<bool, BrokerError> {
+        self.configure(Table::Platforms, &format!("{SIGNERS}/{name}"), value, entry)
+    }
+
+    /// Keeps the values of a signed document and the signer with its new serial, if the signer is still as it was.
+    pub(crate) fn import_references(
+        &self,
+        name: &str,
+        before: Vec<u8>,
+        after: Vec<u8>,
+        values: Vec<(String, Option<ReferenceValue>)>,
+        entry: AuditEntry,
+    ) -> Result<bool, BrokerError> {
+        let key = format!("{SIGNERS}/{name}");
+        self.change(entry, move |records| {
+            if records.get(Table::Platforms, &key)?.is_none_or(|found| found.expose() != before) {
+                return Ok(false);
+            }
+            records.put(Table::Platforms, &key, &after)?;
+            for (id, value) in &values {
+                match value {
+                    Some(value) => records.put_json(Table::References, id, value)?,
+                    None => drop(records.delete(Table::References, id)?),
+                }
+            }
+            touch(records.tx)?;
+            Ok(true)
+        })
     }
 
     pub(crate) fn add_platform(&self, tee: &str, name: &str, pem: &str, entry: AuditEntry) -> Result<(), BrokerError> {

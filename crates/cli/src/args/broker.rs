@@ -313,6 +313,9 @@ pub(crate) enum PolicyCommand {
     SetAttestation {
         /// The Rego file
         file: PathBuf,
+        /// For this TEE only, as in snp [default: all that have none of their own]
+        #[arg(long, value_name = "TEE", default_value = "default", hide_default_value = true)]
+        tee: String,
         #[command(flatten)]
         at: BrokerAt,
     },
@@ -323,6 +326,31 @@ pub(crate) enum PolicyCommand {
         /// repository, repository/type or repository/type/tag; the most specific one decides [default: all resources]
         #[arg(long, value_name = "SCOPE", default_value = "", hide_default_value = true)]
         scope: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Print the policy that appraises guests
+    ShowAttestation {
+        /// For this TEE, as in snp [default: all that have none of their own]
+        #[arg(long, value_name = "TEE", default_value = "default", hide_default_value = true)]
+        tee: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Run a policy on what a guest showed, and say line by line why it refuses; nothing is changed
+    Test {
+        /// What the guest showed: an attestation token (`nacre attest token`) or its claims, JSON
+        #[arg(long, value_name = "FILE")]
+        token: PathBuf,
+        /// Whether it would get this secret, repository/type/tag; without it, how it would be appraised
+        #[arg(long, value_name = "PATH")]
+        resource: Option<String>,
+        /// A Rego file [default: the policy that the broker has for it]
+        #[arg(long, value_name = "FILE")]
+        policy: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         at: BrokerAt,
     },
@@ -359,10 +387,90 @@ pub(crate) enum ReferenceCommand {
         #[command(flatten)]
         at: BrokerAt,
     },
+    /// List all that is expected, until when, and who says so
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Revoke what is expected of something: no value is good from now on
+    Rm {
+        /// What was expected, such as sim.measurement
+        name: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Sign a document of values, for brokers that know the signer; prints it
+    Sign {
+        /// What is expected: NAME=VALUE; a name may be repeated
+        #[arg(required = true, value_name = "NAME=VALUE")]
+        values: Vec<String>,
+        /// The signer's private key (EC P-256)
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// The signer's name, as brokers know it
+        #[arg(long, value_name = "NAME")]
+        issuer: String,
+        /// A number that grows with each document of the signer's [default: the time]
+        #[arg(long, value_name = "NUMBER")]
+        serial: Option<u64>,
+        /// Until when the values are good, RFC 3339
+        #[arg(long, value_name = "TIME")]
+        expires: String,
+        /// A name whose values are good no more; may be repeated
+        #[arg(long, value_name = "NAME")]
+        revoke: Vec<String>,
+    },
+    /// Take a signed document of values
+    Import {
+        /// The document; - is standard input
+        file: PathBuf,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Who may sign documents of values
+    #[command(subcommand)]
+    Signer(SignerCommand),
     /// Print the values that are expected of something
     Show {
         /// What is expected, such as sim.measurement
         name: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SignerCommand {
+    /// Let somebody sign
+    Add {
+        /// Their name, as their documents have it
+        name: String,
+        /// Their public key, PEM (EC P-256)
+        key: PathBuf,
+        /// Only values whose names begin so
+        #[arg(long, default_value = "")]
+        prefix: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// List who may sign
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Let somebody sign no more
+    Rm {
+        /// Who
+        name: String,
+        /// Revoke everything that they signed, too
+        #[arg(long)]
+        values: bool,
         #[command(flatten)]
         at: BrokerAt,
     },

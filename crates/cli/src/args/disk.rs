@@ -49,8 +49,8 @@ pub(crate) struct DiskKeyArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Rollback")]
 pub(crate) struct AnchorArgs {
-    /// The place that remembers how far the disk had come: none, file:PATH, or tpm:WHERE[,index=0x01800010][,owner-file=PATH], WHERE being
-    /// a device, swtpm's socket or HOST:PORT
+    /// The place that remembers how far the disk had come: none, file:PATH, broker:REPOSITORY/NAME, or
+    /// tpm:WHERE[,index=0x01800010][,owner-file=PATH], WHERE being a device, swtpm's socket or HOST:PORT
     #[arg(long, value_name = "ANCHOR", default_value = "none")]
     pub(crate) anchor: AnchorSpec,
 }

@@ -3,6 +3,8 @@
 mod admins;
 mod audit;
 mod master;
+mod policy_test;
+mod reference;
 mod tenure;
 
 use std::{
@@ -22,13 +24,11 @@ use nacre_core::{
     jose::{PrivateKey, PublicKey},
 };
 use nacre_sys::end::EndSignals;
-use serde_json::Value;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     args::{
         CollateralCommand,
-        broker::{AuditCommand, BrokerAt, BrokerCommand, PolicyCommand, ReferenceCommand, ResourceCommand},
+        broker::{AuditCommand, BrokerAt, BrokerCommand, PolicyCommand, ResourceCommand},
     },
     commands::verify,
     exit::Missing,
@@ -74,7 +74,7 @@ pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
         BrokerCommand::Master(command) => master::master(command),
         BrokerCommand::Resource(command) => resource(command),
         BrokerCommand::Policy(command) => policy(command),
-        BrokerCommand::Reference(command) => reference(command),
+        BrokerCommand::Reference(command) => reference::reference(command),
         BrokerCommand::TrustSim { file, at } => {
             let key = PublicKey::from_bytes(read(file)?.expose()).with_context(|| format!("{}", file.display()))?;
             match Admin::of(at)? {
@@ -225,10 +225,24 @@ fn policy(command: &PolicyCommand) -> anyhow::Result<()> {
         anyhow::Ok(text.to_owned())
     };
     match command {
-        PolicyCommand::SetAttestation { file, at } => match Admin::of(at)? {
-            Admin::Local(broker) => Ok(broker.set_attestation_policy("default_cpu", &text(file)?)?),
-            Admin::Remote(client) => Ok(client.set_attestation_policy("default_cpu", &text(file)?)?),
+        PolicyCommand::SetAttestation { file, tee, at } => match Admin::of(at)? {
+            Admin::Local(broker) => Ok(broker.set_attestation_policy(&format!("{tee}_cpu"), &text(file)?)?),
+            Admin::Remote(client) => Ok(client.set_attestation_policy(&format!("{tee}_cpu"), &text(file)?)?),
         },
+        PolicyCommand::ShowAttestation { tee, at } => {
+            let id = format!("{tee}_cpu");
+            let policy = match Admin::of(at)? {
+                Admin::Local(broker) => {
+                    let missing = || Missing(format!("there is no attestation policy {id}"));
+                    broker.attestation_policy(&id)?.ok_or_else(missing)?
+                }
+                Admin::Remote(client) => client.attestation_policy(&id)?,
+            };
+            Ok(output::line(policy.trim_end())?)
+        }
+        PolicyCommand::Test { token, resource, policy, json, at } => {
+            policy_test::test(token, resource.as_deref(), policy.as_deref(), *json, at)
+        }
         PolicyCommand::SetResource { file, scope, at } => match Admin::of(at)? {
             Admin::Local(broker) => Ok(broker.set_resource_policy(scope, &text(file)?)?),
             Admin::Remote(client) => {
@@ -265,29 +279,5 @@ fn with_scope<T>(text: &str, act: impl FnOnce(&ResourceScope<'_>) -> anyhow::Res
         0 if text.is_empty() => act(&ResourceScope::All),
         0 => act(&ResourceScope::Repository(text)),
         _ => act(&ResourceScope::Resource(&text.parse()?)),
-    }
-}
-
-fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
-    match command {
-        ReferenceCommand::Set { name, values, expires, at } => {
-            let values: Vec<Value> = values.iter().map(|value| Value::from(value.as_str())).collect();
-            let expires = expires
-                .as_deref()
-                .map(|text| OffsetDateTime::parse(text, &Rfc3339).with_context(|| format!("--expires '{text}'")))
-                .transpose()?
-                .map(OffsetDateTime::unix_timestamp);
-            match Admin::of(at)? {
-                Admin::Local(broker) => Ok(broker.add_reference_value(name, values, expires)?),
-                Admin::Remote(client) => Ok(client.add_reference_value(name, &values, expires)?),
-            }
-        }
-        ReferenceCommand::Show { name, at } => {
-            let values: Option<Vec<Value>> = match Admin::of(at)? {
-                Admin::Local(broker) => broker.reference_value(name)?.map(|reference| reference.values),
-                Admin::Remote(client) => client.reference_value(name)?,
-            };
-            output::json(&values.ok_or_else(|| Missing(format!("{name}: no reference value of this name")))?)
-        }
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn format(global: &Global, args: &FormatArgs) -> anyhow::Result<()> {
     let name = StoreName::parse(&args.store)?;
     let root = Source::from(&args.key).read(global)?;
     let spec = &args.anchor.anchor;
-    let anchor = key::anchor(spec, &root)?;
+    let anchor = Source::from(&args.key).anchor(global, spec, &root)?;
     let new = name.is_new()?;
     let options = FormatOptions {
         size: args.size.map(|size| size.0),
@@ -101,7 +101,7 @@ pub(super) fn info(global: &Global, args: &InfoArgs) -> anyhow::Result<Value> {
         return Err(Usage(text).into());
     }
     let root = source.read(global)?;
-    let anchor = key::anchor(&args.anchor.anchor, &root)?;
+    let anchor = Source::from(&args.key).anchor(global, &args.anchor.anchor, &root)?;
     info::closed(&nacre_disk::closed_info(&*store, &root, anchor.as_deref(), args.accept_rollback)?)
 }
 
@@ -109,7 +109,7 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> anyhow::Result<()> {
     let setup = Setup::new(global, args.json)?;
     let name = StoreName::parse(&args.store)?;
     let root = Source::from(&args.key).read(global)?;
-    let anchor = key::anchor(&args.anchor.anchor, &root)?;
+    let anchor = Source::from(&args.key).anchor(global, &args.anchor.anchor, &root)?;
     let CheckArgs { threads, dump_layout, accept_rollback, .. } = *args;
     let options = CheckOptions { threads, dump_layout, accept_rollback };
     let report = nacre_disk::check(name.open(true)?, &root, anchor, &options, &*setup.progress)?;
@@ -157,7 +157,7 @@ pub(super) fn grow(global: &Global, args: &GrowArgs) -> anyhow::Result<()> {
     let name = StoreName::parse(&args.what)?;
     let store = name.open(false)?;
     let root = Source::from(&args.key).read(global)?;
-    let anchor = key::anchor(&args.anchor.anchor, &root)?;
+    let anchor = Source::from(&args.key).anchor(global, &args.anchor.anchor, &root)?;
     let options = OpenOptions { background: false, ..OpenOptions::default() };
     let disk = Disk::open(store, &root, anchor, &options)?;
     let grown = disk.resize(args.size.0);
@@ -180,13 +180,13 @@ pub(super) fn rekey(global: &Global, args: &RekeyArgs) -> anyhow::Result<()> {
     let name = StoreName::parse(&args.store)?;
     let store = name.open(false)?;
     let old = Source::from(&args.key).read(global)?;
-    let before = key::anchor(&args.anchor.anchor, &old)?;
+    let before = Source::from(&args.key).anchor(global, &args.anchor.anchor, &old)?;
     // The disk has to be sound before anything of it is changed.
     nacre_disk::closed_info(&*store, &old, before.as_deref(), false)?;
     let root = if new.is_some() { new.read(global)? } else { old };
     if new.is_some() {
         let old = Source::from(&args.key).read(global)?;
-        let moved = move_anchor(args, &root, before.as_deref())?;
+        let moved = move_anchor(global, args, &root, before.as_deref())?;
         change_key(&*store, &old, &root)?;
         if moved {
             key::forget_anchor(&args.anchor.anchor, &old).context("the disk has its new key; the old anchor stays")?;
@@ -199,7 +199,7 @@ pub(super) fn rekey(global: &Global, args: &RekeyArgs) -> anyhow::Result<()> {
 }
 
 /// Brings the anchor's state to where the new key has it. Whether there is an old one to be removed.
-fn move_anchor(args: &RekeyArgs, root: &RootKey, before: Option<&dyn Anchor>) -> anyhow::Result<bool> {
+fn move_anchor(global: &Global, args: &RekeyArgs, root: &RootKey, before: Option<&dyn Anchor>) -> anyhow::Result<bool> {
     let spec = &args.anchor.anchor;
     let (Some(before), Some(after)) = (before, &args.new_anchor) else {
         return match (spec, &args.new_anchor) {
@@ -217,7 +217,7 @@ fn move_anchor(args: &RekeyArgs, root: &RootKey, before: Option<&dyn Anchor>) ->
         return Err(Usage("--new-anchor has to be another anchor than --anchor".into()).into());
     }
     let state = before.read()?;
-    let after = key::anchor(after, root)?.context("an anchor was named")?;
+    let after = Source::from(&args.key).anchor(global, after, root)?.context("an anchor was named")?;
     match (after.read()?, &state) {
         // An earlier attempt came this far.
         (found, state) if found == *state => {}

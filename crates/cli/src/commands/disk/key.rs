@@ -1,11 +1,14 @@
 //! Where the key of a disk comes from.
 
-use std::{fs::File, io::Read as _, path::Path};
+use std::{fs::File, io::Read as _, path::Path, sync::Arc};
 
 use anyhow::Context as _;
 use nacre_anchor::AnchorSpec;
-use nacre_attest::offline::OfflineKeys;
-use nacre_core::{Anchor, KeySource as _, ResourceUri, SecretBytes};
+use nacre_attest::{
+    client::{Borrowed, BrokerAnchor, BrokerClient, Lease},
+    offline::OfflineKeys,
+};
+use nacre_core::{Anchor, AnchorError, KeySource as _, ResourceUri, SecretBytes};
 use nacre_disk::RootKey;
 
 use crate::{
@@ -54,6 +57,53 @@ impl Source<'_> {
         Ok(RootKey::from_bytes(material.expose())?)
     }
 
+    /// The key for a disk that runs: with its lease, where the broker lends it.
+    pub(super) fn read_to_run(&self, global: &Global) -> anyhow::Result<(RootKey, Option<Lent>)> {
+        let Some(uri) = self.resource else { return Ok((self.read(global)?, None)) };
+        let uri: ResourceUri = uri.parse()?;
+        let Some(client) = self.client(global)? else { return Ok((self.read(global)?, None)) };
+        if uri.plugin().is_some_and(|plugin| plugin != "resource") || uri.host().is_some() {
+            return Ok((self.read(global)?, None));
+        }
+        let Borrowed { secret, lease, .. } = client.borrow(uri.path(), None)?;
+        Ok((RootKey::from_bytes(secret.expose())?, lease.map(|lease| Lent { client, lease })))
+    }
+
+    /// The client of the broker that is configured.
+    fn client(&self, global: &Global) -> anyhow::Result<Option<Arc<BrokerClient>>> {
+        let mut setup = Setup::new(global, true)?;
+        setup.add_broker(self.broker)?;
+        Ok(setup.config.broker.as_ref().map(nacre_guest::service::connect).transpose()?)
+    }
+
+    /// The anchor of the disk that has this key.
+    pub(super) fn anchor(
+        &self,
+        global: &Global,
+        spec: &AnchorSpec,
+        key: &RootKey,
+    ) -> anyhow::Result<Option<Arc<dyn Anchor>>> {
+        let client = match spec {
+            AnchorSpec::Broker(_) => self.client(global)?,
+            _ => None,
+        };
+        let missing = || Usage(format!("{spec}: name the broker that has it (--broker URL)"));
+        let open = |name: &str| {
+            let failed = |source: Arc<dyn std::error::Error + Send + Sync>| AnchorError::Failed {
+                anchor: spec.to_string(),
+                what: "there is no way to it".into(),
+                source,
+            };
+            let client = client.clone().ok_or_else(|| failed(Arc::new(missing())))?;
+            let anchor = BrokerAnchor::new(client, name).map_err(|error| failed(Arc::new(error)))?;
+            Ok(Arc::new(anchor) as Arc<dyn Anchor>)
+        };
+        if matches!(spec, AnchorSpec::Broker(_)) && client.is_none() {
+            return Err(missing().into());
+        }
+        Ok(spec.open(&key.anchor_secret(ANCHOR_LABEL), &open)?)
+    }
+
     fn fetch(&self, global: &Global, uri: &str) -> anyhow::Result<SecretBytes> {
         let uri: ResourceUri = uri.parse()?;
         let mut setup = Setup::new(global, true)?;
@@ -64,6 +114,12 @@ impl Source<'_> {
             (None, None) => Err(Usage(format!("{uri}: name the broker that has it (--broker URL)")).into()),
         }
     }
+}
+
+/// A key that a broker lends.
+pub(super) struct Lent {
+    pub(super) client: Arc<BrokerClient>,
+    pub(super) lease: Lease,
 }
 
 fn open(path: &Path, name: &str) -> anyhow::Result<SecretBytes> {
@@ -78,11 +134,6 @@ fn limited(from: impl std::io::Read, name: &str) -> anyhow::Result<SecretBytes> 
     let secret = SecretBytes::new(bytes);
     read.with_context(|| format!("{name}: the disk's key"))?;
     Ok(secret)
-}
-
-/// The anchor of the disk that has this key.
-pub(super) fn anchor(spec: &AnchorSpec, key: &RootKey) -> anyhow::Result<Option<std::sync::Arc<dyn Anchor>>> {
-    Ok(spec.open(&key.anchor_secret(ANCHOR_LABEL))?)
 }
 
 /// Removes what the anchor holds for this key.

@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use nacre_attest::client::{Agent, ClientError};
 use nacre_core::BlockStore as _;
 use nacre_disk::{AnchorWindow, Disk, OpenOptions};
 use nacre_export::{FrontEnd, Served};
@@ -21,7 +22,7 @@ use serde_json::Value;
 use super::{
     control::{self, Refused, Reply, Request},
     info,
-    key::{self, Source},
+    key::{Lent, Source},
     metrics,
     rundir::{Record, RunDir, Slot},
     store::StoreName,
@@ -31,7 +32,7 @@ use crate::{
         Global,
         disk::{RunDiskArgs, Window},
     },
-    exit::InUse,
+    exit::{Damaged, InUse},
 };
 
 /// How often it is looked whether the device is still there, and as large as the disk.
@@ -60,7 +61,10 @@ pub(super) fn run(
     let run = RunDir::of(&args.run)?;
     let name = StoreName::parse(store)?;
     let slot = run.take(&name)?;
-    let disk = Arc::new(open(global, &name, args)?);
+    let (disk, lent) = open(global, &name, args)?;
+    let disk = Arc::new(disk);
+    let lost = Lost::default();
+    let agent = lent.map(|lent| lost.watch(lent)).transpose()?;
     let Started { front_end, devices, users } = start(disk.clone(), &slot)?;
     let record = Record { store: name.to_string(), devices, pid: std::process::id() };
     let closing = Arc::new(AtomicBool::new(false));
@@ -77,8 +81,10 @@ pub(super) fn run(
     }
     slot.announce(&record)?;
     ready(&record.devices, &slot)?;
-    let running = Running { front_end, disk, record, users, closing: closing.clone(), tell: tell.clone() };
+    let running = Running { front_end, disk, record, users, closing: closing.clone(), tell: tell.clone(), lost };
     let result = running.until_end(&end, args.read_only);
+    // Gives the lease back.
+    drop(agent);
     let told = result.as_ref().map_err(Refused::of).copied();
     let heard = tell.send(Outcome { result: told, ended: true }).is_ok();
     // Whoever asked hears of it before the process ends, and that it has ended when the store is free again.
@@ -97,6 +103,28 @@ struct Running {
     /// Somebody waits for the outcome of `close`.
     closing: Arc<AtomicBool>,
     tell: mpsc::Sender<Outcome>,
+    lost: Lost,
+}
+
+/// Why the key has to be given up, when its lease has ended.
+#[derive(Clone, Default)]
+struct Lost(Arc<Mutex<Option<String>>>);
+
+impl Lost {
+    /// Keeps a lease, until it ends.
+    fn watch(&self, lent: Lent) -> anyhow::Result<Agent> {
+        let agent = Agent::start(lent.client).context("the thread that renews the key's lease")?;
+        let lost = self.0.clone();
+        let ended = move |error: &ClientError| {
+            *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+        };
+        agent.keep(lent.lease, Box::new(ended));
+        Ok(agent)
+    }
+
+    fn why(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl Running {
@@ -104,7 +132,17 @@ impl Running {
     fn until_end(mut self, end: &EndSignals, read_only: bool) -> anyhow::Result<()> {
         let mut size = self.disk.size();
         let stopped = loop {
-            if !end.wait_for(LOOK)? && !self.front_end.has_ended() {
+            let told = end.wait_for(LOOK)?;
+            if let Some(why) = self.lost.why() {
+                // Also from under its users: whoever is not trusted any more keeps no key.
+                tracing::error!("{}: {why}; the disk is closed and its key forgotten", self.devices());
+                let stopped = self.front_end.stop();
+                break Err(anyhow::Error::new(Damaged(why)).context(match stopped {
+                    Ok(()) => "the disk was closed".to_owned(),
+                    Err(error) => format!("the disk was closed under its users ({error})"),
+                }));
+            }
+            if !told && !self.front_end.has_ended() {
                 self.follow(&mut size);
                 continue;
             }
@@ -156,11 +194,12 @@ impl Running {
     }
 }
 
-fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result<Disk> {
+fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result<(Disk, Option<Lent>)> {
     // What is not there is said before a key is asked for.
     let store = name.open(args.read_only)?;
-    let root = Source::from(&args.key).read(global)?;
-    let anchor = key::anchor(&args.anchor.anchor, &root)?;
+    let source = Source::from(&args.key);
+    let (root, lent) = source.read_to_run(global)?;
+    let anchor = source.anchor(global, &args.anchor.anchor, &root)?;
     let options = OpenOptions {
         memory: args.memory.0,
         read_only: args.read_only,
@@ -173,7 +212,7 @@ fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result
         accept_rollback: args.accept_rollback,
         ..OpenOptions::default()
     };
-    Ok(Disk::open(store, &root, anchor, &options)?)
+    Ok((Disk::open(store, &root, anchor, &options)?, lent))
 }
 
 fn text(disk: &Disk, store: &str) -> String {
