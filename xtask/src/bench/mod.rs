@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: ours and every peer that is installed, in one run on one disk, in turns, and the ratios of the medians.
 
+mod broker;
 mod disk;
 mod image;
 mod lazy;
@@ -20,6 +21,8 @@ pub(crate) enum Bench {
     Pull(pull::Options),
     /// The secure disk: in process and over NBD
     Disk(disk::Options),
+    /// The key broker: attestations and keys a second, memory, replicas
+    Broker(broker::Options),
     /// Lazy images: made, mounted and read, and started over a network
     Lazy(lazy::Options),
 }
@@ -28,6 +31,7 @@ pub(crate) fn bench(bench: Bench) -> Result<()> {
     match bench {
         Bench::Pull(options) => pull::pull(&options),
         Bench::Disk(options) => disk::disk(&options),
+        Bench::Broker(options) => broker::broker(&options),
         Bench::Lazy(options) => lazy::lazy(options),
     }
 }

@@ -323,6 +323,10 @@ impl Scene {
         run(&mut admin(&self.place, Some(&self.served.url), arguments));
     }
 
+    fn admin_command(&self, arguments: &[&str]) -> Command {
+        admin(&self.place, Some(&self.served.url), arguments)
+    }
+
     fn image(&self) -> String {
         format!("docker://{}/t/secret:1", self.registry.host())
     }
@@ -444,6 +448,94 @@ fn a_disks_key_is_released_to_the_guest_that_is_expected() {
     run(&mut scene.guest(&["disk", "info", "--key-resource", &key, "disk"]));
     // The resource is the key itself.
     run(&mut scene.place.nacre("unused", &["disk", "info", "--key-file", &scene.place.text("image.key"), "disk"]));
+}
+
+#[test]
+fn a_disk_is_anchored_at_the_broker_and_closed_when_its_key_is_revoked() {
+    if !root() {
+        return;
+    }
+    let Some(nbdcopy) = require("nbdcopy") else { return };
+    let scene = Scene::new();
+    scene.admin(&["reference", "set", "sim.measurement", &measurement_of_us()]);
+    scene.admin(&["resource", "put", "--lease", "6", Scene::KEY, &scene.place.text("image.key")]);
+    let key = format!("kbs:///{}", Scene::KEY);
+    let disk = |verb: &str, more: &[&str]| {
+        let mut command = scene.guest(&["disk", verb, "--key-resource", &key, "--anchor", "broker:t/disk"]);
+        command.args(more);
+        command
+    };
+    run(&mut disk("format", &["--quiet", "--size", "32M", "disk"]));
+    fs::copy(scene.place.at("disk"), scene.place.at("older")).unwrap();
+    let socket = scene.place.text("nbd.sock");
+    let serve = || {
+        let mut child = disk("serve", &["--socket", &socket, "disk"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.starts_with("serving at"), "{line}");
+        child
+    };
+    let mut child = serve();
+    assert!(text(&mut scene.admin_command(&["anchor", "ls"])).contains("t/disk"));
+    assert!(text(&mut scene.admin_command(&["lease", "ls"])).contains("until"));
+    let data = scene.place.write("data", nacre_testkit::Rng::new(7).bytes(1 << 20));
+    run(Command::new(nbdcopy).args(["--flush", &data, &format!("nbd+unix:///?socket={socket}")]));
+    // Longer than a lease: it is renewed.
+    std::thread::sleep(std::time::Duration::from_secs(8));
+    assert!(child.try_wait().unwrap().is_none());
+    scene.admin(&["lease", "revoke", "--resource", Scene::KEY]);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    assert!(said(&output).contains("revoked"), "{}", said(&output));
+    // An older copy is a rollback, wherever it is.
+    fs::copy(scene.place.at("older"), scene.place.at("disk")).unwrap();
+    let output = disk("info", &["disk"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    assert!(said(&output).contains("broker"), "{}", said(&output));
+}
+
+#[test]
+fn a_policy_is_tested_on_a_token_and_signed_values_are_taken() {
+    let scene = Scene::new();
+    let token = scene.place.write("token", &text(&mut scene.guest(&["attest", "token"])));
+    let test = |more: &[&str]| {
+        let mut command = scene.admin_command(&["policy", "test", "--token", &token]);
+        command.args(more);
+        command.output().unwrap()
+    };
+    let output = test(&[]);
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert!(shown.lines().any(|line| line.starts_with('!') && line.contains("sim.measurement")), "{shown}");
+    let output = test(&["--resource", Scene::KEY]);
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(shown.lines().any(|line| line.starts_with('!')) && shown.contains("false"), "{shown}");
+    let open = scene.place.write("open.rego", "package policy\nallow := true\n");
+    assert_eq!(test(&["--resource", Scene::KEY, "--policy", &open]).status.code(), Some(0));
+    // Values by a signer, in place of an administrator's.
+    let public = scene
+        .place
+        .write("b.pub", &text(&mut scene.place.nacre("unused", &["attest", "sim-key", &scene.place.text("b.key")])));
+    scene.admin(&["reference", "signer", "add", "--prefix", "sim.", "builder", &public]);
+    let value = format!("sim.measurement={}", measurement_of_us());
+    let sign = ["broker", "reference", "sign", "--issuer", "builder", "--expires", "2099-01-01T00:00:00Z", "--key"];
+    let document = text(scene.place.nacre("unused", &sign).args([&scene.place.text("b.key"), &value]));
+    let document = scene.place.write("document", &document);
+    scene.admin(&["reference", "import", &document]);
+    let again = scene.admin_command(&["reference", "import", &document]).output().unwrap();
+    assert_eq!(again.status.code(), Some(2), "{}", said(&again));
+    assert!(text(&mut scene.admin_command(&["reference", "ls"])).contains("builder"));
+    assert!(text(&mut scene.admin_command(&["reference", "signer", "ls"])).contains("builder"));
+    let token = scene.place.write("token", &text(&mut scene.guest(&["attest", "token"])));
+    run(&mut scene.admin_command(&["policy", "test", "--token", &token, "--resource", Scene::KEY]));
+    assert!(text(&mut scene.admin_command(&["policy", "show-attestation"])).contains("package policy"));
+    scene.admin(&["reference", "rm", "sim.measurement"]);
+    scene.admin(&["reference", "signer", "rm", "--values", "builder"]);
 }
 
 #[test]

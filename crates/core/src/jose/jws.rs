@@ -4,7 +4,10 @@
 //! that it carries or points to (`jwk`, `jku`, `x5c`, `x5u`) are never looked at; `crit` refuses the token. Times (`exp`, `nbf`) are the
 //! caller's to judge, who knows which clock to trust.
 
-use p256::ecdsa::signature::{Signer as _, Verifier as _};
+use p256::{
+    ecdsa::signature::{Signer as _, Verifier as _},
+    elliptic_curve::sec1::ToEncodedPoint as _,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -96,8 +99,13 @@ pub fn verify_compact(token: &str, key: &PublicKey) -> Result<Verified<Value>, J
 
 fn verify_signature(key: &PublicKey, message: &[u8], signature: &[u8]) -> Result<(), JoseError> {
     let verified = match key {
-        PublicKey::P256(key) => p256::ecdsa::Signature::from_slice(signature)
-            .and_then(|signature| p256::ecdsa::VerifyingKey::from(key).verify(message, &signature)),
+        // ring's is several times as fast, and a broker does little else.
+        PublicKey::P256(key) => {
+            let key = key.to_encoded_point(false);
+            return ring::signature::UnparsedPublicKey::new(&ring::signature::ECDSA_P256_SHA256_FIXED, key.as_bytes())
+                .verify(message, signature)
+                .map_err(|_| JoseError::BadSignature);
+        }
         PublicKey::P384(key) => p384::ecdsa::Signature::from_slice(signature)
             .and_then(|signature| p384::ecdsa::VerifyingKey::from(key).verify(message, &signature)),
         other => return Err(JoseError::AlgorithmMismatch { algorithm: "ES256".into(), key: other.kind() }),
