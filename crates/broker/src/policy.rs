@@ -4,9 +4,9 @@
 //! (an error, no value, another type, too long) is a refusal, whose reason the caller sees and logs.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     num::NonZeroU32,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -34,15 +34,24 @@ const CHECK_EVERY: NonZeroU32 = NonZeroU32::MIN.saturating_add(63);
 /// Reference values by their names.
 pub type References = BTreeMap<String, ReferenceValue>;
 
-/// A policy: compiled when it is first asked, and then by copies of what was compiled.
+/// Engines of one policy that are kept, by the data that they were made for.
+const MOST_ENGINES: usize = 256;
+
+/// A policy: analysed when it is first asked with some data, and then by copies of that. Analysis takes longer than evaluation.
 pub(crate) struct Policy {
     text: String,
-    engine: OnceLock<Result<Mutex<regorus::Engine>, String>>,
+    engines: Mutex<HashMap<String, Prepared>>,
+}
+
+struct Prepared {
+    engine: regorus::Engine,
+    /// What it looks reference values up in.
+    references: Arc<References>,
 }
 
 impl Policy {
     pub(crate) fn new(text: String) -> Self {
-        Self { text, engine: OnceLock::new() }
+        Self { text, engines: Mutex::default() }
     }
 
     pub(crate) fn text(&self) -> &str {
@@ -57,10 +66,39 @@ impl Policy {
         data: Option<Value>,
         references: Arc<References>,
     ) -> Result<Value, String> {
-        let compiled = self.engine.get_or_init(|| engine(&self.text).map(Mutex::new)).as_ref().map_err(Clone::clone)?;
-        let mut engine = compiled.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        add_references(&mut engine, references)?;
-        run(engine, rule, input, data)
+        let mut engine = self.prepared(rule, data, references)?;
+        engine.set_input(regorus::Value::from(input));
+        match engine.eval_rule(rule.to_owned()).map_err(|e| shorten(&e))? {
+            regorus::Value::Undefined => Err(format!("{rule} has no value for this input")),
+            value => serde_json::to_value(&value).map_err(|e| e.to_string()),
+        }
+    }
+
+    fn prepared(
+        &self,
+        rule: &str,
+        data: Option<Value>,
+        references: Arc<References>,
+    ) -> Result<regorus::Engine, String> {
+        let name = data.as_ref().map(Value::to_string).unwrap_or_default();
+        let held = || self.engines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = held().get(&name).filter(|found| Arc::ptr_eq(&found.references, &references)) {
+            return Ok(found.engine.clone());
+        }
+        let mut engine = engine(&self.text)?;
+        add_references(&mut engine, references.clone())?;
+        if let Some(data) = data {
+            engine.add_data(regorus::Value::from(data)).map_err(|e| shorten(&e))?;
+        }
+        // An evaluation analyses it; what comes of it does not matter.
+        engine.set_input(regorus::Value::new_object());
+        let _ = engine.eval_rule(rule.to_owned());
+        let mut engines = held();
+        if engines.len() >= MOST_ENGINES {
+            engines.clear();
+        }
+        engines.insert(name, Prepared { engine: engine.clone(), references });
+        Ok(engine)
     }
 }
 
@@ -74,17 +112,6 @@ pub(crate) fn evaluate(
     references: References,
 ) -> Result<Value, String> {
     Policy::new(policy.to_owned()).evaluate(rule, input, data, Arc::new(references))
-}
-
-fn run(mut engine: regorus::Engine, rule: &str, input: Value, data: Option<Value>) -> Result<Value, String> {
-    engine.set_input(regorus::Value::from(input));
-    if let Some(data) = data {
-        engine.add_data(regorus::Value::from(data)).map_err(|e| shorten(&e))?;
-    }
-    match engine.eval_rule(rule.to_owned()).map_err(|e| shorten(&e))? {
-        regorus::Value::Undefined => Err(format!("{rule} has no value for this input")),
-        value => serde_json::to_value(&value).map_err(|e| e.to_string()),
-    }
 }
 
 /// What an appraisal policy is for: the id of its class, `<tee>_cpu`, goes before the one of all of them.
@@ -222,10 +249,9 @@ fn engine(policy: &str) -> Result<regorus::Engine, String> {
 }
 
 fn add_references(engine: &mut regorus::Engine, references: Arc<References>) -> Result<(), String> {
-    let now = now();
     let query = move |parameters: Vec<regorus::Value>| {
         let id = parameters.first().and_then(|id| id.as_string().ok()).map(ToString::to_string).unwrap_or_default();
-        Ok(match references.get(&id).filter(|reference| reference.expires > now) {
+        Ok(match references.get(&id).filter(|reference| reference.expires > now()) {
             Some(reference) => regorus::Value::from(Value::Array(reference.values.clone())),
             None => regorus::Value::Null,
         })

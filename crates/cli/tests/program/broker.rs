@@ -501,7 +501,7 @@ fn a_disk_is_anchored_at_the_broker_and_closed_when_its_key_is_revoked() {
 #[test]
 fn a_policy_is_tested_on_a_token_and_signed_values_are_taken() {
     let scene = Scene::new();
-    let token = scene.place.write("token", &text(&mut scene.guest(&["attest", "token"])));
+    let token = scene.place.write("token", text(&mut scene.guest(&["attest", "token"])));
     let test = |more: &[&str]| {
         let mut command = scene.admin_command(&["policy", "test", "--token", &token]);
         command.args(more);
@@ -520,7 +520,7 @@ fn a_policy_is_tested_on_a_token_and_signed_values_are_taken() {
     // Values by a signer, in place of an administrator's.
     let public = scene
         .place
-        .write("b.pub", &text(&mut scene.place.nacre("unused", &["attest", "sim-key", &scene.place.text("b.key")])));
+        .write("b.pub", text(&mut scene.place.nacre("unused", &["attest", "sim-key", &scene.place.text("b.key")])));
     scene.admin(&["reference", "signer", "add", "--prefix", "sim.", "builder", &public]);
     let value = format!("sim.measurement={}", measurement_of_us());
     let sign = ["broker", "reference", "sign", "--issuer", "builder", "--expires", "2099-01-01T00:00:00Z", "--key"];
@@ -531,7 +531,7 @@ fn a_policy_is_tested_on_a_token_and_signed_values_are_taken() {
     assert_eq!(again.status.code(), Some(2), "{}", said(&again));
     assert!(text(&mut scene.admin_command(&["reference", "ls"])).contains("builder"));
     assert!(text(&mut scene.admin_command(&["reference", "signer", "ls"])).contains("builder"));
-    let token = scene.place.write("token", &text(&mut scene.guest(&["attest", "token"])));
+    let token = scene.place.write("token", text(&mut scene.guest(&["attest", "token"])));
     run(&mut scene.admin_command(&["policy", "test", "--token", &token, "--resource", Scene::KEY]));
     assert!(text(&mut scene.admin_command(&["policy", "show-attestation"])).contains("package policy"));
     scene.admin(&["reference", "rm", "sim.measurement"]);
