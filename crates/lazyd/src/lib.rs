@@ -12,10 +12,10 @@
 //!
 //! A program that has this in it starts itself again as the keeper and the daemon: [`Program`] says with which arguments.
 //!
-//! - [`client`]: commands ask it, and start it where none runs. [`protocol`]: what they say.
-//! - [`keeper`]: a small process that parses nothing that comes from elsewhere, and holds, for each mount, the FUSE connection, the locked
-//!   metadata file, and the [grant](nacre_guest::lazy::Grant), all in memory. [`link`]: how the two talk.
-//! - [`serve`]: the daemon's loop. [`mounts`]: what it does.
+//! - `client`: commands ask it, and start it where none runs. `protocol`: what they say.
+//! - `keeper`: a small process that parses nothing that comes from elsewhere, and holds, for each mount, the FUSE connection, the locked
+//!   metadata file, and the [grant](nacre_guest::lazy::Grant), all in memory. `link`: how the two talk.
+//! - `serve`: the daemon's loop. `mounts`: what it does.
 //!
 //! Invariants: what is seen in the tree is at the keeper. A daemon that died serves nothing any more when its successor begins. When the keeper
 //! dies, the daemon makes another one; when both die, mounts give errors, and the next command that mounts takes them away.
