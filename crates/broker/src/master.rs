@@ -15,7 +15,7 @@ pub enum MasterKeyError {
         /// Which master key.
         key: String,
     },
-    /// The token or the TPM that has it fails.
+    /// The token that has it fails.
     #[error("{key}: {what}: {source}")]
     Device {
         /// Which master key.
@@ -27,7 +27,7 @@ pub enum MasterKeyError {
     },
 }
 
-/// Wraps data keys: a file here, key tokens and TPMs by whoever opens the broker.
+/// Wraps data keys: a file here, key tokens by whoever opens the broker.
 pub trait MasterKey: Send + Sync {
     /// Its name in the database: which key it is, without a secret, without a `/`.
     fn id(&self) -> String;

@@ -2,7 +2,7 @@
 //!
 //! Whoever holds what was lent gives a function that gives it up: unmounts, closes, zeroizes. It is called once, when the broker refuses to
 //! renew (the lease was revoked, the guest is not trusted any more), or when the lease runs out because no broker answers. That is at most the
-//! length of the lease after a revocation.
+//! length of the lease after a revocation: a thread of its own watches the time, so that a network that answers nothing does not lengthen it.
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -10,7 +10,9 @@ use std::{
     time::Duration,
 };
 
-use super::{BrokerClient, ClientError, Lease};
+use nacre_core::ResourcePath;
+
+use super::{BrokerClient, ClientError, Lease, time::BootTime};
 
 /// A renewal that failed by the network is tried again after this long at first.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -21,9 +23,26 @@ const MARGIN: Duration = Duration::from_secs(1);
 /// What is called when a lease has ended, with the reason.
 pub type LeaseEnd = Box<dyn FnOnce(&ClientError) + Send>;
 
-struct Held {
-    lease: Lease,
+/// Who is told when a lease ends.
+struct Watched {
+    number: u64,
+    path: ResourcePath,
+    /// From then on it lasts so long, a guest that is stopped meanwhile included.
+    from: BootTime,
+    lasts: Duration,
     ended: LeaseEnd,
+}
+
+impl Watched {
+    fn left(&self) -> Duration {
+        self.lasts.saturating_sub(self.from.elapsed())
+    }
+}
+
+struct Held {
+    /// That of what is watched.
+    number: u64,
+    lease: Lease,
     /// After a failure: the pause before the next try.
     pause: Option<Duration>,
     /// When to renew next: how much of the lease is to be left by then.
@@ -33,6 +52,8 @@ struct Held {
 #[derive(Default)]
 struct State {
     held: Vec<Held>,
+    watched: Vec<Watched>,
+    next: u64,
     stop: bool,
 }
 
@@ -40,6 +61,14 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+}
+
+impl State {
+    /// What is told of the end of a lease, unless it was told already.
+    fn take(&mut self, number: u64) -> Option<Watched> {
+        let at = self.watched.iter().position(|watched| watched.number == number)?;
+        Some(self.watched.swap_remove(at))
+    }
 }
 
 impl Shared {
@@ -52,34 +81,46 @@ impl Shared {
 pub struct Agent {
     client: Arc<BrokerClient>,
     shared: Arc<Shared>,
+    /// Renews.
     thread: Option<JoinHandle<()>>,
+    /// Watches the time.
+    watch: Option<JoinHandle<()>>,
 }
 
 impl Agent {
     /// Starts the agent of a broker's client.
     ///
     /// # Errors
-    /// [`std::io::Error`] where no thread can be started.
+    /// [`std::io::Error`] where threads cannot be started.
     pub fn start(client: Arc<BrokerClient>) -> std::io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let (of_thread, with) = (shared.clone(), client.clone());
         let thread = std::thread::Builder::new().name("nacre-attest".into()).spawn(move || run(&with, &of_thread))?;
-        Ok(Self { client, shared, thread: Some(thread) })
+        let mut agent = Self { client, shared, thread: Some(thread), watch: None };
+        let shared = agent.shared.clone();
+        agent.watch = Some(std::thread::Builder::new().name("nacre-leases".into()).spawn(move || watch(&shared))?);
+        Ok(agent)
     }
 
     /// Renews a lease from now on; `ended` is called when that ends.
     pub fn keep(&self, lease: Lease, ended: LeaseEnd) {
         let at = half(&lease);
-        self.shared.state().held.push(Held { lease, ended, pause: None, at });
-        self.shared.changed.notify_one();
+        let mut state = self.shared.state();
+        let number = state.next;
+        state.next += 1;
+        let (path, from, lasts) = (lease.path().clone(), BootTime::now(), lasts(&lease));
+        state.watched.push(Watched { number, path, from, lasts, ended });
+        state.held.push(Held { number, lease, pause: None, at });
+        drop(state);
+        self.shared.changed.notify_all();
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         self.shared.state().stop = true;
-        self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
+        self.shared.changed.notify_all();
+        for thread in [self.thread.take(), self.watch.take()].into_iter().flatten() {
             let _ = thread.join();
         }
         for held in self.shared.state().held.drain(..) {
@@ -97,6 +138,29 @@ impl std::fmt::Debug for Agent {
 
 fn half(lease: &Lease) -> Duration {
     Duration::from_secs(lease.seconds().into()) / 2
+}
+
+/// How long until it is to be given up, unless it is renewed by then.
+fn lasts(lease: &Lease) -> Duration {
+    lease.left().saturating_sub(MARGIN)
+}
+
+/// Says of each lease that ran out that it has, whatever becomes of its renewal meanwhile.
+fn watch(shared: &Shared) {
+    let mut state = shared.state();
+    while !state.stop {
+        let over = state.watched.iter().find(|watched| watched.left().is_zero()).map(|watched| watched.number);
+        let Some(over) = over.and_then(|number| state.take(number)) else {
+            // A wait does not count the time that a guest is stopped, so it is looked again soon.
+            let next = state.watched.iter().map(|watched| watched.left().min(MARGIN)).min().unwrap_or(LONGEST_PAUSE);
+            state = shared.changed.wait_timeout(state, next).unwrap_or_else(PoisonError::into_inner).0;
+            continue;
+        };
+        drop(state);
+        tracing::warn!(path = %over.path, "lease ran out before it was renewed");
+        (over.ended)(&ClientError::LeaseEnded { path: over.path, why: "it ran out before it could be renewed".into() });
+        state = shared.state();
+    }
 }
 
 /// How long until something is due.
@@ -121,14 +185,25 @@ fn run(client: &BrokerClient, shared: &Shared) {
                 tracing::debug!(path = %held.lease.path(), "lease renewed");
                 (held.at, held.pause) = (half(&held.lease), None);
                 state = shared.state();
-                state.held.push(held);
+                let renewed = (BootTime::now(), lasts(&held.lease));
+                match state.watched.iter_mut().find(|watched| watched.number == held.number) {
+                    Some(watched) => {
+                        (watched.from, watched.lasts) = renewed;
+                        state.held.push(held);
+                    }
+                    // It was given up meanwhile; the broker's side of it ends by itself.
+                    None => tracing::debug!(path = %held.lease.path(), "renewed too late"),
+                }
             }
             Err(error) => {
                 let pause = held.pause.map_or(FIRST_PAUSE, |pause| (pause * 2).min(LONGEST_PAUSE));
                 let left = held.lease.left();
                 if matches!(error, ClientError::LeaseEnded { .. }) || left <= MARGIN {
-                    tracing::warn!(path = %held.lease.path(), %error, "lease ended");
-                    (held.ended)(&error);
+                    let watched = shared.state().take(held.number);
+                    if let Some(watched) = watched {
+                        tracing::warn!(path = %watched.path, %error, "lease ended");
+                        (watched.ended)(&error);
+                    }
                     state = shared.state();
                 } else {
                     tracing::warn!(path = %held.lease.path(), %error, "lease not renewed yet, trying again");
