@@ -189,8 +189,8 @@ impl Attester for SimAttester {
         let (register, log) = match &self.runtime {
             None => (vec![0; 48], None),
             Some(runtime) => {
-                let entries = runtime.entries()?;
-                let log = joined(None, Bank::Sha384, &entries).map_err(RuntimeLogError::Log)?;
+                let log = runtime
+                    .with_entries(|entries| joined(None, Bank::Sha384, entries).map_err(RuntimeLogError::Log))?;
                 // By the log that is sent, so that both are of one moment; that it is the register's, the log's writer sees to.
                 let registers = tcg::parse(&log).and_then(|log| replay(&log, Bank::Sha384, Registers::Tee));
                 let mut registers = registers.map_err(RuntimeLogError::Log)?;

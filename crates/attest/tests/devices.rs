@@ -156,16 +156,17 @@ fn tdx_quotes_and_their_log_are_of_one_moment() {
     let digest = happening.events().unwrap()[0].digest(Bank::Sha384).unwrap();
     attester.runtime_log().unwrap().record(&happening).unwrap();
     assert_eq!(fs::read(&register).unwrap(), digest);
+    fs::write(&register, extended(Bank::Sha384, &[0; 48], &digest).unwrap()).unwrap();
     let evidence = attester.evidence(&[7; 64]).unwrap();
     assert_eq!(&bytes_of(&evidence["quote"])[48 + 520..], [7; 64]);
     let log = bytes_of(&evidence["cc_eventlog"]);
     let log = tcg::parse(&log).unwrap();
     assert_eq!(log.events.iter().map(|event| event.register).collect::<Vec<_>>(), [1, 4]);
-    drop(attester);
-    // As the kernel would have it now, the log is taken up again; as it is, it is refused.
-    assert!(matches!(TdxAttester::new(&places, directory.path(), None), Err(AttesterError::Log(_))));
-    fs::write(&register, extended(Bank::Sha384, &[0; 48], &digest).unwrap()).unwrap();
+    // Another process takes the log up again. Where the register holds something else, nobody does.
     TdxAttester::new(&places, directory.path(), None).unwrap();
+    fs::write(&register, &digest).unwrap();
+    assert!(matches!(TdxAttester::new(&places, directory.path(), None), Err(AttesterError::Log(_))));
+    assert!(matches!(attester.evidence(&[7; 64]), Err(AttesterError::Log(_))));
 }
 
 #[test]

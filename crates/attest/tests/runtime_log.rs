@@ -6,12 +6,13 @@ use std::{
     fs,
     path::Path,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use nacre_attest::eventlog::{
     Bank, LogError,
     aael::RuntimeEvent,
-    replay::extended,
+    replay::{Registers, extended, replay},
     runtime::{Register, RuntimeLog, RuntimeLogError, joined},
     tcg,
 };
@@ -70,7 +71,11 @@ fn open(path: &Path, register: &Memory) -> Result<RuntimeLog, RuntimeLogError> {
 }
 
 fn count(log: &RuntimeLog) -> usize {
-    tcg::parse(&joined(None, Bank::Sha384, &log.entries().unwrap()).unwrap()).unwrap().events.len()
+    tcg::parse(&joined(None, Bank::Sha384, &entries(log)).unwrap()).unwrap().events.len()
+}
+
+fn entries(log: &RuntimeLog) -> Vec<u8> {
+    log.with_entries(|entries| Ok::<_, RuntimeLogError>(entries.to_vec())).unwrap()
 }
 
 #[test]
@@ -81,12 +86,77 @@ fn what_is_recorded_is_in_the_file_and_in_the_register() {
     log.record_event(&event("a")).unwrap();
     log.record_event(&event("b")).unwrap();
     assert_eq!(count(&log), 2);
-    // One process has it.
-    assert!(matches!(open(&path, &register), Err(RuntimeLogError::Io { .. })));
-    drop(log);
-    let log = open(&path, &register).unwrap();
+    // Others use it as well, and each knows what they recorded.
+    let other = open(&path, &register).unwrap();
+    other.record_event(&event("c")).unwrap();
     log.record_event(&event("c")).unwrap();
-    assert_eq!(count(&log), 3);
+    log.record_event(&event("d")).unwrap();
+    assert_eq!((count(&log), count(&other)), (4, 4));
+}
+
+#[test]
+fn a_log_that_somebody_does_not_let_go_of_is_waited_for_and_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, register) = (directory.path().join("log"), Memory::new());
+    let log = open(&path, &register).unwrap().patience(Duration::from_millis(50));
+    let held = fs::File::open(&path).unwrap();
+    held.lock().unwrap();
+    let error = log.record_event(&event("a")).unwrap_err();
+    assert!(matches!(error, RuntimeLogError::Busy { .. }) && error.to_string().contains("another program"), "{error}");
+    assert_eq!(register.value(), [0; 48]);
+    drop(held);
+    log.record_event(&event("a")).unwrap();
+}
+
+#[test]
+fn what_somebody_was_killed_over_is_made_good_by_whoever_comes_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, register) = (directory.path().join("log"), Memory::new());
+    let log = open(&path, &register).unwrap();
+    log.record_event(&event("a")).unwrap();
+    // Another process wrote an event and was killed before it extended the register; and one within an event.
+    let logged = event("b").entry(4, Bank::Sha384).unwrap();
+    let torn = &logged[..logged.len() - 3];
+    let bytes = [&entries(&log)[..], &logged, torn].concat();
+    fs::write(&path, &bytes).unwrap();
+    log.record_event(&event("c")).unwrap();
+    let replayed = ["a", "b", "c"].iter().fold(vec![0; 48], |value, content| {
+        extended(Bank::Sha384, &value, &event(content).digest(Bank::Sha384).unwrap()).unwrap()
+    });
+    assert_eq!((count(&log), register.value()), (3, replayed));
+    // Something was extended without it: nothing more is recorded, and no evidence is made.
+    register.extend(&event("x").digest(Bank::Sha384).unwrap()).unwrap();
+    assert!(matches!(log.record_event(&event("d")), Err(RuntimeLogError::Unlogged { .. })));
+    assert!(log.with_entries(|_| Ok::<_, RuntimeLogError>(())).is_err());
+}
+
+#[test]
+fn nothing_is_recorded_while_a_quote_is_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, register) = (directory.path().join("log"), Memory::new());
+    let log = open(&path, &register).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (path, register) = (path.clone(), register.clone());
+            scope.spawn(move || {
+                let log = open(&path, &register).unwrap();
+                (0..25).for_each(|number| log.record_event(&event(&format!("{thread} {number}"))).unwrap());
+            });
+        }
+        for _ in 0..25 {
+            let work = |entries: &[u8]| {
+                let before = register.value();
+                std::thread::yield_now();
+                assert_eq!(register.value(), before);
+                let bytes = joined(None, Bank::Sha384, entries).unwrap();
+                let values = replay(&tcg::parse(&bytes).unwrap(), Bank::Sha384, Registers::Tee).unwrap();
+                assert_eq!(values.get(&4).cloned().unwrap_or_else(|| vec![0; 48]), before);
+                Ok::<_, RuntimeLogError>(())
+            };
+            log.with_entries(work).unwrap();
+        }
+    });
+    assert_eq!(count(&log), 100);
 }
 
 #[test]
@@ -96,9 +166,9 @@ fn a_crash_at_any_byte_is_repaired_or_refused() {
     let register = Memory::new();
     let log = open(&path, &register).unwrap();
     log.record_event(&event("a")).unwrap();
-    let (one, after_one) = (log.entries().unwrap().len(), register.value());
+    let (one, after_one) = (entries(&log).len(), register.value());
     log.record_event(&event("b")).unwrap();
-    let (bytes, after_two) = (log.entries().unwrap(), register.value());
+    let (bytes, after_two) = (entries(&log), register.value());
     drop(log);
     for length in 0..=bytes.len() {
         // The crash came before the register was extended with the second event, or after it.
@@ -113,7 +183,7 @@ fn a_crash_at_any_byte_is_repaired_or_refused() {
                 (false, true) => {
                     let log = result.unwrap();
                     assert_eq!(register.value(), if whole { after_two.clone() } else { after_one.clone() });
-                    assert_eq!(log.entries().unwrap().len(), if whole { length } else { one });
+                    assert_eq!(entries(&log).len(), if whole { length } else { one });
                     log.record_event(&event("c")).unwrap();
                 }
                 (true, _) if whole => drop(result.unwrap()),
@@ -130,7 +200,7 @@ fn a_log_that_is_not_the_registers_is_refused_at_the_start() {
     let (path, register) = (directory.path().join("log"), Memory::new());
     let log = open(&path, &register).unwrap();
     log.record_event(&event("a")).unwrap();
-    let bytes = log.entries().unwrap();
+    let bytes = entries(&log);
     drop(log);
     // Removed, emptied, replaced by another event, lengthened by two.
     let other = event("x").entry(4, Bank::Sha384).unwrap();
@@ -151,16 +221,15 @@ fn a_log_that_is_not_the_registers_is_refused_at_the_start() {
 }
 
 #[test]
-fn nothing_is_recorded_after_a_failure() {
+fn what_could_not_be_measured_must_not_be_done_and_is_measured_before_anything_else() {
     let directory = tempfile::tempdir().unwrap();
     let (path, register) = (directory.path().join("log"), Memory::new());
     let log = open(&path, &register).unwrap();
     *register.fails.lock().unwrap() = true;
-    assert!(matches!(log.record_event(&event("a")), Err(RuntimeLogError::Register { .. })));
+    for content in ["a", "b"] {
+        assert!(matches!(log.record_event(&event(content)), Err(RuntimeLogError::Register { .. })));
+    }
     *register.fails.lock().unwrap() = false;
-    assert!(matches!(log.record_event(&event("b")), Err(RuntimeLogError::Broken)));
-    drop(log);
-    // At the next start it is made good.
-    let log = open(&path, &register).unwrap();
     log.record_event(&event("b")).unwrap();
+    assert_eq!(count(&log), 2, "a, which was logged, and b");
 }

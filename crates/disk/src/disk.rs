@@ -127,6 +127,8 @@ pub struct Disk {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     root: RootKey,
+    /// What all of it was verified by when it was opened.
+    opened_at: [u8; 32],
     warnings: Vec<String>,
     anchored: bool,
     /// A checkpoint slot holds none: closing writes it, whatever else there is to do.
@@ -176,9 +178,10 @@ impl Disk {
         let warnings = warnings(&recovered);
         let repairs = recovered.damaged_checkpoints > 0;
         let was_anchored = recovered.superblock.anchored;
+        let opened_at = recovered.replayed.chain;
         let shared = Arc::new(share(store, recovered, anchored, options, limits, fence));
         let workers = if options.background && !options.read_only { start_workers(&shared)? } else { Vec::new() };
-        Ok(Self { shared, workers, root: key.keep(), warnings, anchored: was_anchored, repairs })
+        Ok(Self { shared, workers, root: key.keep(), opened_at, warnings, anchored: was_anchored, repairs })
     }
 
     /// Flushes, writes a last checkpoint, moves the anchor on, and ends. The next open finds nothing to replay.
@@ -240,6 +243,11 @@ impl Disk {
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
+    }
+
+    /// What was found when it was opened: the digest over its last commit, and by that over everything before. An anchor holds the same.
+    pub fn opened_at(&self) -> [u8; 32] {
+        self.opened_at
     }
 
     /// What is to be said of it.

@@ -153,9 +153,6 @@ impl ImageService {
         };
         let events = broker.as_ref().and_then(|broker| broker.runtime_log().cloned());
         let (policy, text) = policy(config, init_data.as_ref(), &*keys)?;
-        if let Some(events) = &events {
-            events.record(&Happening::Policy { digest: Digest::sha256(&text) })?;
-        }
         let trust = Trust { policy, rules: config.trust.admission, lookaside, keys: keys.clone(), clock };
         let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(keys.clone());
         let (credentials, released) = match config.registries.credentials.as_deref() {
@@ -174,7 +171,8 @@ impl ImageService {
         let clients = Arc::<Clients>::default();
         let own = OwnMounts::new(lazy::options(&store, &config.lazy)?, config.lazy.front, clients.clone());
         let own = Arc::new(own);
-        let images = Images::new(store, trust, keyring, options, progress).with_events(events.clone());
+        let images =
+            Images::new(store, trust, keyring, options, progress).with_events(events.clone(), Digest::sha256(&text));
         Ok(Self { images, events, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
     }
 
@@ -183,6 +181,15 @@ impl ImageService {
     pub fn with_mounter(mut self, mounter: Arc<dyn Mounter>) -> Self {
         self.mounter = mounter;
         self
+    }
+
+    /// Records the policy before there is any image to be judged by it: for programs that release keys as well, by what the guest measured.
+    /// Others do it with the first image, so that whoever only looks at images measures nothing.
+    ///
+    /// # Errors
+    /// [`ServiceError::Pull`].
+    pub fn measure_policy(&self) -> Result<(), ServiceError> {
+        Ok(self.images.measure_policy()?)
     }
 
     /// Pulling, and the store.

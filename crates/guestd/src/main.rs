@@ -106,6 +106,7 @@ fn serve(args: &Args) -> anyhow::Result<()> {
     let collected = store.collect()?;
     tracing::info!(layers = collected.layers.len(), staging = collected.staging, "the store is clean");
     let mut service = ImageService::new(&config, store, Arc::new(NoProgress))?;
+    service.measure_policy()?;
     if !nacre_sys::userns::is_inside() {
         // Another process serves what bundles read, so that it outlives this one.
         let (options, front) = (service.lazy_options().clone(), service.lazy_front());

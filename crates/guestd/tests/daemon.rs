@@ -15,7 +15,7 @@ use std::{
 use nacre_attest::{initdata::InitData, sim};
 use nacre_broker::{Broker, Handle, InitOptions, Settings, Transport, serve};
 use nacre_core::{
-    Algorithm, KeySource, KeySourceError, NoProgress, ResourceUri, SecretArray, SecretBytes, SystemClock,
+    Algorithm, Digest, KeySource, KeySourceError, NoProgress, ResourceUri, SecretArray, SecretBytes, SystemClock,
     jose::PrivateKey,
 };
 use nacre_guest::{
@@ -167,6 +167,7 @@ impl Scene {
                     "url": url,
                     "certificate": self.broker.certificate_pem(),
                     "token_key": self.broker.token_key().to_pem().unwrap(),
+                    "events": self.at("events"),
                 }),
             ),
             ("trust", json!({ "policy": "init-data:policy.json" })),
@@ -349,8 +350,24 @@ fn the_daemon_serves_the_guests_programs() {
     let store = Store::open(&scene.at("store"), Marks::Trusted, true).unwrap();
     nacre_guest::service::ImageService::unmount_bundle(&store, &bundle).unwrap();
     assert!(!bundle.exists());
-    // A second one starts where the first one ended.
-    scene.start().end();
+    // A second one starts where the first one ended, and shows what that one did: what it measured decides what it gets.
+    let condition = |value: i32| {
+        format!(
+            "package policy\nimport rego.v1\ndefault allow := false\nallow if {{\n\
+             input.submods.cpu0[\"ear.trustworthiness-vector\"][\"file-system\"] == {value}\n\
+             some tee in input.submods.cpu0[\"ear.veraison.annotated-evidence\"]\n\
+             tee.runtime.workloads[0].digest == {:?}\n}}\n",
+            String::from_utf8_lossy(&digest)
+        )
+    };
+    let policy = Digest::sha256(br#"{"default":[{"type":"insecureAcceptAnything"}]}"#).to_string();
+    for (expected, value) in [("sha256:another", 32), (policy.as_str(), 2)] {
+        scene.broker.add_reference_value("image_policy", vec![json!(expected)], None).unwrap();
+        scene.broker.set_resource_policy("default/image-key", &condition(value)).unwrap();
+        let daemon = scene.start();
+        daemon.call("api.GetResourceService/GetResource", &[KEY.as_bytes()]).unwrap();
+        daemon.end();
+    }
 }
 
 #[test]

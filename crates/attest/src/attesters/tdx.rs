@@ -86,23 +86,18 @@ impl Attester for TdxAttester {
     }
 
     fn evidence(&self, report_data: &[u8; 64]) -> Result<Value, AttesterError> {
-        // The log first, and again where an event came between: it and the quote have to be of one moment.
-        for _ in 0..16 {
-            let entries = self.runtime.as_ref().map(|log| log.entries()).transpose()?.unwrap_or_default();
-            let quote = tsm::report(TEE, &self.tsm, PROVIDER, report_data)?.report;
-            if self.runtime.as_ref().map(|log| log.entries()).transpose()?.unwrap_or_default() != entries {
-                continue;
-            }
-            let log = match (&self.firmware_log, &self.runtime) {
-                (None, None) => Value::Null,
-                (firmware, _) => {
-                    let log = joined(firmware.as_deref(), Bank::Sha384, &entries).map_err(RuntimeLogError::Log)?;
-                    BASE64_STANDARD.encode(log).into()
-                }
-            };
-            return Ok(json!({"quote": BASE64_STANDARD.encode(quote), "cc_eventlog": log}));
+        let firmware = self.firmware_log.as_deref();
+        let evidence = |log: Option<Vec<u8>>| -> Result<Value, AttesterError> {
+            let quote = BASE64_STANDARD.encode(tsm::report(TEE, &self.tsm, PROVIDER, report_data)?.report);
+            Ok(json!({"quote": quote, "cc_eventlog": log.map(|log| BASE64_STANDARD.encode(log))}))
+        };
+        let log = |entries: &[u8]| joined(firmware, Bank::Sha384, entries).map_err(RuntimeLogError::Log);
+        match (&self.runtime, firmware) {
+            // Nobody records an event meanwhile: the log and the quote are of one moment.
+            (Some(runtime), _) => runtime.with_entries(|entries| evidence(Some(log(entries)?))),
+            (None, Some(_)) => evidence(Some(log(&[])?)),
+            (None, None) => evidence(None),
         }
-        Err(AttesterError::Refused { tee: TEE, why: "events are measured faster than quotes are made".into() })
     }
 
     fn init_data(&self) -> Option<&InitData> {

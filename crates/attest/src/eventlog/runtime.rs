@@ -2,21 +2,26 @@
 //!
 //! The log is a file of entries ([`aael`]) in a directory that only the guest can write, and that ends with the register: a tmpfs.
 //! Write-ahead: the entry is in the file, and synced, before the register is extended; the register is extended before what the event
-//! says is done. So after any crash, at start, with `n` whole entries in the file:
+//! says is done. Whoever of the guest's programs uses the log has it alone meanwhile, by a lock on the file, and believes nothing that
+//! it knew before: it reads the file and the register, which are, with `n` whole entries in the file:
 //!
 //! | the register holds | because | |
 //! |---|---|---|
 //! | the replay of `n` | nothing is wrong, or an entry was torn before it was whole | what is torn is cut off |
-//! | the replay of `n - 1` | a crash between file and register | the register is extended now |
-//! | anything else | something was extended and not logged | the start is refused: no broker would believe the log |
+//! | the replay of `n - 1` | somebody was killed between file and register, or could not extend it | the register is extended now |
+//! | anything else | something was extended and not logged | refused: no broker would believe the log |
+//!
+//! So there is no state but the file and the register, and any process may be killed at any instant. A lock is enough, and smaller than
+//! an agent that owns the log: an agent would be one more program that has to be there, started first, and asked by a protocol, and who
+//! may ask it may as well open the file.
 
 use std::{
-    collections::BTreeSet,
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io::{Read, Seek as _, SeekFrom, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -27,6 +32,10 @@ use super::{
     tcg,
 };
 use crate::evidence::hex;
+
+/// How long we wait for the log: others hold it for an event, or for a quote, which takes a slow TPM some seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Why an event was not recorded, or the log cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,11 +78,17 @@ pub enum RuntimeLogError {
         /// By the log, hex.
         replayed: String,
     },
-    /// A write failed before: what is in the file is not certain.
+    /// Somebody has the log and does not let go of it.
     #[error(
-        "event log: an event could not be recorded before; nothing more is measured, and nothing more may be done that has to be"
+        "event log '{path}': another program of this guest has had it for {} s; is one of them stopped, or its TEE's device stuck?",
+        waited.as_secs()
     )]
-    Broken,
+    Busy {
+        /// Which file.
+        path: String,
+        /// How long we waited.
+        waited: Duration,
+    },
 }
 
 /// A register that run-time events are extended into.
@@ -100,18 +115,13 @@ pub trait Register: Send + Sync {
     fn extend(&self, digest: &[u8]) -> Result<(), RuntimeLogError>;
 }
 
-struct State {
-    file: File,
-    broken: bool,
-    /// The digests of all events: what happened already is not told again, so that what is asked for all the time fills no log.
-    known: BTreeSet<Vec<u8>>,
-}
-
 /// The log of a running guest.
 pub struct RuntimeLog {
     path: PathBuf,
     register: Box<dyn Register>,
-    state: Mutex<State>,
+    /// What the register holds before the first run-time event.
+    base: Vec<u8>,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for RuntimeLog {
@@ -127,53 +137,27 @@ impl RuntimeLog {
     /// # Errors
     /// [`RuntimeLogError`]; [`RuntimeLogError::Unlogged`] where it is not the log of this register.
     pub fn open(path: &Path, register: Box<dyn Register>, base: &[u8]) -> Result<Self, RuntimeLogError> {
-        let io = |action| move |source| RuntimeLogError::Io { path: path.display().to_string(), action, source };
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut file = options.open(path).map_err(io("open it"))?;
-        file.try_lock().map_err(|error| io("lock it; is another program of this guest running?")(error.into()))?;
-        let mut bytes = Vec::new();
-        let limit = u64::try_from(LONGEST).unwrap_or(u64::MAX) + 1;
-        Read::by_ref(&mut file).take(limit).read_to_end(&mut bytes).map_err(io("read it"))?;
-        let whole = whole_entries(&bytes, register.as_ref())?;
-        let (mut before, mut after) = (base.to_vec(), base.to_vec());
-        for digest in &whole.digests {
-            before = after;
-            after = extended(register.bank(), &before, digest)
-                .ok_or(LogError::NoDigest { event: 0, bank: register.bank() })?;
-        }
-        let found = register.read()?;
-        if found != after {
-            match whole.digests.last() {
-                Some(last) if found == before => {
-                    tracing::warn!(
-                        "an event was logged and not measured, by a crash between the two: measuring it now"
-                    );
-                    register.extend(last)?;
-                }
-                _ => {
-                    let path = path.display().to_string();
-                    return Err(RuntimeLogError::Unlogged { path, found: hex(&found), replayed: hex(&after) });
-                }
-            }
-        }
-        let known = whole.digests.iter().cloned().collect();
-        let end = u64::try_from(whole.length).unwrap_or(u64::MAX);
-        if whole.length < bytes.len() {
-            tracing::warn!("an event was torn by a crash before it was measured: cut off");
-            file.set_len(end).map_err(io("cut off what is torn"))?;
-        }
-        file.seek(SeekFrom::Start(end)).map_err(io("go to its end"))?;
-        Ok(Self { path: path.into(), register, state: Mutex::new(State { file, broken: false, known }) })
+        let log = Self { path: path.into(), register, base: base.to_vec(), patience: PATIENCE };
+        log.hold()?;
+        Ok(log)
+    }
+
+    /// Waits for others for another time than a minute.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// Records that something happens: in the log, then in the register. Only then may it be done. What is in the log already, word for
     /// word, is not recorded again.
     ///
     /// # Errors
-    /// [`RuntimeLogError`]: it must not be done. After a failure nothing more can be recorded.
+    /// [`RuntimeLogError`]: it must not be done.
     pub fn record(&self, happening: &Happening) -> Result<(), RuntimeLogError> {
-        happening.events()?.iter().try_for_each(|event| self.record_event(event))
+        let events = happening.events()?;
+        let mut held = self.hold()?;
+        events.iter().try_for_each(|event| held.append(event))
     }
 
     /// Records an event of any domain, in the same way.
@@ -181,46 +165,112 @@ impl RuntimeLog {
     /// # Errors
     /// As [`record`](Self::record).
     pub fn record_event(&self, event: &RuntimeEvent) -> Result<(), RuntimeLogError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.broken {
-            return Err(RuntimeLogError::Broken);
-        }
-        let bank = self.register.bank();
-        let (digest, entry) = (event.digest(bank)?, event.entry(self.register.number(), bank)?);
-        if state.known.contains(&digest) {
-            return Ok(());
-        }
-        let position = state.file.stream_position().map_err(self.io("find its end"))?;
-        if position.saturating_add(entry.len() as u64) > LONGEST as u64 {
-            let found = usize::try_from(position).unwrap_or(usize::MAX).saturating_add(entry.len());
-            return Err(LogError::TooMuch { what: "bytes of a log", found, limit: LONGEST }.into());
-        }
-        // From here on, a failure leaves file and register apart; `open` can tell how.
-        state.broken = true;
-        state.file.write_all(&entry).map_err(self.io("write an event"))?;
-        state.file.sync_data().map_err(self.io("sync it"))?;
-        self.register.extend(&digest)?;
-        state.broken = false;
-        state.known.insert(digest);
-        tracing::debug!(event = event.line(), "measured");
-        Ok(())
+        self.hold()?.append(event)
     }
 
-    /// The entries, to be sent after the firmware's log.
+    /// Does something with the entries, to be sent after the firmware's log, while nobody records another: a quote that is taken
+    /// meanwhile is of the same moment, and its register holds what their replay gives.
     ///
     /// # Errors
-    /// [`RuntimeLogError::Io`].
-    pub fn entries(&self) -> Result<Vec<u8>, RuntimeLogError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+    /// What the work gives, or [`RuntimeLogError`].
+    pub fn with_entries<T, E: From<RuntimeLogError>>(&self, work: impl FnOnce(&[u8]) -> Result<T, E>) -> Result<T, E> {
+        let held = self.hold()?;
+        work(&held.bytes)
+    }
+
+    /// Takes the log, and brings it and the register together.
+    fn hold(&self) -> Result<Held<'_>, RuntimeLogError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut file = options.open(&self.path).map_err(self.io("open it"))?;
+        self.lock(&file)?;
         let mut bytes = Vec::new();
-        state.file.seek(SeekFrom::Start(0)).map_err(self.io("go to its begin"))?;
-        state.file.read_to_end(&mut bytes).map_err(self.io("read it"))?;
-        Ok(bytes)
+        let limit = u64::try_from(LONGEST).unwrap_or(u64::MAX) + 1;
+        Read::by_ref(&mut file).take(limit).read_to_end(&mut bytes).map_err(self.io("read it"))?;
+        let Whole { digests, length } = whole_entries(&bytes, self.register.as_ref())?;
+        let (mut before, mut after) = (self.base.clone(), self.base.clone());
+        for digest in &digests {
+            before = after;
+            after = extended(self.register.bank(), &before, digest)
+                .ok_or(LogError::NoDigest { event: 0, bank: self.register.bank() })?;
+        }
+        let found = self.register.read()?;
+        if found != after {
+            match digests.last() {
+                Some(last) if found == before => {
+                    tracing::warn!(
+                        "an event was logged and not measured, by a crash between the two: measuring it now"
+                    );
+                    self.register.extend(last)?;
+                }
+                _ => {
+                    let path = self.path.display().to_string();
+                    return Err(RuntimeLogError::Unlogged { path, found: hex(&found), replayed: hex(&after) });
+                }
+            }
+        }
+        if length < bytes.len() {
+            tracing::warn!("an event was torn by a crash before it was measured: cut off");
+            bytes.truncate(length);
+            file.set_len(bytes.len() as u64).map_err(self.io("cut off what is torn"))?;
+        }
+        file.seek(SeekFrom::Start(bytes.len() as u64)).map_err(self.io("go to its end"))?;
+        Ok(Held { log: self, file, bytes, digests })
+    }
+
+    /// The lock ends with the file, and so with the process at the latest.
+    fn lock(&self, file: &File) -> Result<(), RuntimeLogError> {
+        let begin = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(()),
+                Err(TryLockError::WouldBlock) if begin.elapsed() < self.patience => thread::sleep(PAUSE),
+                Err(TryLockError::WouldBlock) => {
+                    let path = self.path.display().to_string();
+                    return Err(RuntimeLogError::Busy { path, waited: self.patience });
+                }
+                Err(TryLockError::Error(source)) => return Err(self.io("lock it")(source)),
+            }
+        }
     }
 
     fn io(&self, action: &'static str) -> impl Fn(std::io::Error) -> RuntimeLogError + use<> {
         let path = self.path.display().to_string();
         move |source| RuntimeLogError::Io { path: path.clone(), action, source }
+    }
+}
+
+/// The log, held alone, and brought together with the register.
+struct Held<'l> {
+    log: &'l RuntimeLog,
+    /// At its end.
+    file: File,
+    /// All that is in it: whole entries.
+    bytes: Vec<u8>,
+    /// Theirs: what happened already is not told again, so that what is asked for all the time fills no log.
+    digests: Vec<Vec<u8>>,
+}
+
+impl Held<'_> {
+    /// Where this fails, file and register are apart; the next one to take the log can tell how.
+    fn append(&mut self, event: &RuntimeEvent) -> Result<(), RuntimeLogError> {
+        let register = self.log.register.as_ref();
+        let bank = register.bank();
+        let (digest, entry) = (event.digest(bank)?, event.entry(register.number(), bank)?);
+        if self.digests.contains(&digest) {
+            return Ok(());
+        }
+        let found = self.bytes.len().saturating_add(entry.len());
+        if found > LONGEST {
+            return Err(LogError::TooMuch { what: "bytes of a log", found, limit: LONGEST }.into());
+        }
+        self.file.write_all(&entry).map_err(self.log.io("write an event"))?;
+        self.file.sync_data().map_err(self.log.io("sync it"))?;
+        register.extend(&digest)?;
+        self.bytes.extend_from_slice(&entry);
+        self.digests.push(digest);
+        tracing::debug!(event = event.line(), "measured");
+        Ok(())
     }
 }
 

@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use crate::support::{Place, assert_refused, runnable, said};
 
 /// `nacre broker serve`, ended with the value.
-struct Served {
+pub(crate) struct Served {
     child: Child,
-    url: String,
+    pub(crate) url: String,
 }
 
 impl Served {
@@ -69,7 +69,7 @@ fn admin(place: &Place, url: Option<&str>, arguments: &[&str]) -> Command {
     command
 }
 
-fn text(command: &mut Command) -> String {
+pub(crate) fn text(command: &mut Command) -> String {
     String::from_utf8(run(command).stdout).unwrap()
 }
 
@@ -288,16 +288,16 @@ fn a_broker_is_administered_by_its_address() {
 }
 
 /// An image in a registry, encrypted with a key at a broker, and what a guest needs to get at it.
-struct Scene {
-    place: Place,
+pub(crate) struct Scene {
+    pub(crate) place: Place,
     registry: Registry,
-    served: Served,
+    pub(crate) served: Served,
 }
 
 impl Scene {
-    const KEY: &str = "default/image-key/app";
+    pub(crate) const KEY: &str = "default/image-key/app";
 
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (place, registry) = (Place::new(), Registry::memory().unwrap());
         init(&place);
         let served = Served::start(&place);
@@ -319,7 +319,7 @@ impl Scene {
         scene
     }
 
-    fn admin(&self, arguments: &[&str]) {
+    pub(crate) fn admin(&self, arguments: &[&str]) {
         run(&mut admin(&self.place, Some(&self.served.url), arguments));
     }
 
@@ -327,12 +327,12 @@ impl Scene {
         admin(&self.place, Some(&self.served.url), arguments)
     }
 
-    fn image(&self) -> String {
+    pub(crate) fn image(&self) -> String {
         format!("docker://{}/t/secret:1", self.registry.host())
     }
 
     /// Writes init data, and gives their digest.
-    fn init_data(&self, content: &str) -> String {
+    pub(crate) fn init_data(&self, content: &str) -> String {
         let data = format!("algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n\"note\" = '{content}'\n");
         let path = self.place.write("initdata.toml", data);
         text(&mut self.place.nacre("unused", &["attest", "init-data", &path])).trim().to_owned()
@@ -405,7 +405,7 @@ fn a_key_is_released_to_the_guest_that_is_expected_and_to_no_other() {
     assert_eq!(output.status.code(), Some(5), "{}", said(&output));
 }
 
-fn measurement_of_us() -> String {
+pub(crate) fn measurement_of_us() -> String {
     let digest = nacre_attest::sim::measure(env!("CARGO_BIN_EXE_nacre").as_ref()).unwrap();
     digest.hex()
 }

@@ -1,5 +1,5 @@
 //! `nacre` as a person, a script and a machine that fails use it: commands and exit codes; the demo; kills, and two at once; the broker;
-//! disks; memory.
+//! disks; what is measured while it runs; memory.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test")]
 
@@ -7,6 +7,7 @@ mod broker;
 mod commands;
 mod demo;
 mod disk;
+mod events;
 mod kills;
 mod memory;
 #[path = "../interop/support.rs"]

@@ -72,7 +72,8 @@ pub struct Images {
     keyring: Keyring,
     options: PullOptions,
     progress: Arc<dyn Progress>,
-    events: Option<Arc<RuntimeLog>>,
+    /// The event log, and the digest of the policy's text.
+    events: Option<(Arc<RuntimeLog>, Digest)>,
 }
 
 /// An image that may run: admitted, all of its layers there and kept from removal as long as this lives.
@@ -141,11 +142,20 @@ impl Images {
         Self { store, trust, keyring, options, progress, events: None }
     }
 
-    /// Has each admission measured before anything is done for its sake.
+    /// Has the policy, of this digest, measured before an image is judged by it, and each admission before anything is done for its sake.
     #[must_use]
-    pub fn with_events(mut self, events: Option<Arc<RuntimeLog>>) -> Self {
-        self.events = events;
+    pub fn with_events(mut self, events: Option<Arc<RuntimeLog>>, policy: Digest) -> Self {
+        self.events = events.map(|events| (events, policy));
         self
+    }
+
+    /// Records by which policy images are judged from now on.
+    ///
+    /// # Errors
+    /// [`PullError::Event`].
+    pub fn measure_policy(&self) -> Result<(), PullError> {
+        let Some((events, policy)) = &self.events else { return Ok(()) };
+        Ok(events.record(&Happening::Policy { digest: *policy })?)
     }
 
     /// The store.
@@ -298,7 +308,7 @@ impl Images {
 
     /// Records an admission in the event log.
     fn measure(&self, admission: &Admission, requested: &Location) -> Result<(), PullError> {
-        let Some(events) = &self.events else { return Ok(()) };
+        let Some((events, _)) = &self.events else { return Ok(()) };
         let signers = admission.admitted().signers().iter().map(|signer| signer.who.clone()).collect();
         let (digest, image) = (admission.manifest().to_string(), requested.to_string());
         Ok(events.record(&Happening::ImageAdmitted(AdmittedImage { digest, image, signers }))?)
@@ -367,6 +377,7 @@ impl Images {
         requested: &Location,
         storage: Option<&dyn SignatureStorage>,
     ) -> Result<(Admission, Recording), PullError> {
+        self.measure_policy()?;
         let recorder = storage.map(Recorder::new);
         let chain: Vec<&RawManifest> = resolved.chain.iter().collect();
         let context = TrustContext {

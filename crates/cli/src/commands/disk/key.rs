@@ -58,10 +58,14 @@ impl Source<'_> {
     }
 
     /// The key for a disk that runs: with its lease, where the broker lends it.
-    pub(super) fn read_to_run(&self, global: &Global) -> anyhow::Result<(RootKey, Option<Lent>)> {
+    pub(super) fn read_to_run(
+        &self,
+        global: &Global,
+        client: Option<&Arc<BrokerClient>>,
+    ) -> anyhow::Result<(RootKey, Option<Lent>)> {
         let Some(uri) = self.resource else { return Ok((self.read(global)?, None)) };
         let uri: ResourceUri = uri.parse()?;
-        let Some(client) = self.client(global)? else { return Ok((self.read(global)?, None)) };
+        let Some(client) = client.cloned() else { return Ok((self.read(global)?, None)) };
         if uri.plugin().is_some_and(|plugin| plugin != "resource") || uri.host().is_some() {
             return Ok((self.read(global)?, None));
         }
@@ -69,8 +73,8 @@ impl Source<'_> {
         Ok((RootKey::from_bytes(secret.expose())?, lease.map(|lease| Lent { client, lease })))
     }
 
-    /// The client of the broker that is configured.
-    fn client(&self, global: &Global) -> anyhow::Result<Option<Arc<BrokerClient>>> {
+    /// The client of the broker that is configured; with it, the guest's event log is open.
+    pub(super) fn client(&self, global: &Global) -> anyhow::Result<Option<Arc<BrokerClient>>> {
         let mut setup = Setup::new(global, true)?;
         setup.add_broker(self.broker)?;
         Ok(setup.config.broker.as_ref().map(nacre_guest::service::connect).transpose()?)
@@ -87,21 +91,7 @@ impl Source<'_> {
             AnchorSpec::Broker(_) => self.client(global)?,
             _ => None,
         };
-        let missing = || Usage(format!("{spec}: name the broker that has it (--broker URL)"));
-        let open = |name: &str| {
-            let failed = |source: Arc<dyn std::error::Error + Send + Sync>| AnchorError::Failed {
-                anchor: spec.to_string(),
-                what: "there is no way to it".into(),
-                source,
-            };
-            let client = client.clone().ok_or_else(|| failed(Arc::new(missing())))?;
-            let anchor = BrokerAnchor::new(client, name).map_err(|error| failed(Arc::new(error)))?;
-            Ok(Arc::new(anchor) as Arc<dyn Anchor>)
-        };
-        if matches!(spec, AnchorSpec::Broker(_)) && client.is_none() {
-            return Err(missing().into());
-        }
-        Ok(spec.open(&key.anchor_secret(ANCHOR_LABEL), &open)?)
+        anchor(spec, key, client.as_ref())
     }
 
     fn fetch(&self, global: &Global, uri: &str) -> anyhow::Result<SecretBytes> {
@@ -114,6 +104,29 @@ impl Source<'_> {
             (None, None) => Err(Usage(format!("{uri}: name the broker that has it (--broker URL)")).into()),
         }
     }
+}
+
+/// The anchor of the disk that has this key, of a broker's by the client.
+pub(super) fn anchor(
+    spec: &AnchorSpec,
+    key: &RootKey,
+    client: Option<&Arc<BrokerClient>>,
+) -> anyhow::Result<Option<Arc<dyn Anchor>>> {
+    let missing = || Usage(format!("{spec}: name the broker that has it (--broker URL)"));
+    let open = |name: &str| {
+        let failed = |source: Arc<dyn std::error::Error + Send + Sync>| AnchorError::Failed {
+            anchor: spec.to_string(),
+            what: "there is no way to it".into(),
+            source,
+        };
+        let client = client.cloned().ok_or_else(|| failed(Arc::new(missing())))?;
+        let anchor = BrokerAnchor::new(client, name).map_err(|error| failed(Arc::new(error)))?;
+        Ok(Arc::new(anchor) as Arc<dyn Anchor>)
+    };
+    if matches!(spec, AnchorSpec::Broker(_)) && client.is_none() {
+        return Err(missing().into());
+    }
+    Ok(spec.open(&key.anchor_secret(ANCHOR_LABEL), &open)?)
 }
 
 /// A key that a broker lends.

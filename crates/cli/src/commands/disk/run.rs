@@ -11,7 +11,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nacre_attest::client::{Agent, ClientError};
+use nacre_anchor::AnchorSpec;
+use nacre_attest::{
+    client::{Agent, ClientError},
+    eventlog::story::{Happening, Volume},
+    evidence,
+};
 use nacre_core::BlockStore as _;
 use nacre_disk::{AnchorWindow, Disk, OpenOptions};
 use nacre_export::{FrontEnd, Served};
@@ -22,7 +27,7 @@ use serde_json::Value;
 use super::{
     control::{self, Refused, Reply, Request},
     info,
-    key::{Lent, Source},
+    key::{self, Lent, Source},
     metrics,
     rundir::{Record, RunDir, Slot},
     store::StoreName,
@@ -198,8 +203,9 @@ fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result
     // What is not there is said before a key is asked for.
     let store = name.open(args.read_only)?;
     let source = Source::from(&args.key);
-    let (root, lent) = source.read_to_run(global)?;
-    let anchor = source.anchor(global, &args.anchor.anchor, &root)?;
+    let client = source.client(global)?;
+    let (root, lent) = source.read_to_run(global, client.as_ref())?;
+    let anchor = key::anchor(&args.anchor.anchor, &root, client.as_ref())?;
     let options = OpenOptions {
         memory: args.memory.0,
         read_only: args.read_only,
@@ -212,7 +218,23 @@ fn open(global: &Global, name: &StoreName, args: &RunDiskArgs) -> anyhow::Result
         accept_rollback: args.accept_rollback,
         ..OpenOptions::default()
     };
-    Ok((Disk::open(store, &root, anchor, &options)?, lent))
+    let disk = Disk::open(store, &root, anchor, &options)?;
+    if let Some(log) = client.as_ref().and_then(|client| client.runtime_log()) {
+        log.record(&opened(&disk, &args.anchor.anchor))?;
+    }
+    Ok((disk, lent))
+}
+
+/// What a guest measures before the disk can be read by anybody.
+fn opened(disk: &Disk, anchor: &AnchorSpec) -> Happening {
+    let anchor = match anchor {
+        AnchorSpec::None => "none",
+        AnchorSpec::File(_) => "file",
+        AnchorSpec::Tpm { .. } => "tpm",
+        AnchorSpec::Broker(_) => "broker",
+    };
+    let (id, root) = (disk.info().uuid, evidence::hex(&disk.opened_at()));
+    Happening::VolumeOpened(Volume { anchor: anchor.into(), id, protection: "disk".into(), root })
 }
 
 fn text(disk: &Disk, store: &str) -> String {
