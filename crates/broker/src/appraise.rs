@@ -26,6 +26,7 @@ use crate::{
     broker::{entry, policy_name},
     metrics::count,
     policy,
+    release::Guest,
     store::sessions::Opened,
 };
 
@@ -76,7 +77,9 @@ impl Broker {
                 let signer = self.store.config()?;
                 let token =
                     ear.issue(signer.token_keys().signer()).map_err(|e| refused("TokenIssue", e.to_string()))?;
-                self.sessions.attested(session, Arc::new(ear), audit)?;
+                let ear = Arc::new(ear);
+                self.sessions.attested(session, ear.clone(), audit)?;
+                self.known_tokens.keep(&token, Guest::new(ear)?);
                 count(&self.metrics.attested);
                 Ok(token)
             }

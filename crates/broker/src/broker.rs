@@ -27,6 +27,7 @@ use crate::{
         postgres::{Address, Postgres},
     },
     store::{Store, sessions::Sessions},
+    tokens::KnownTokens,
 };
 
 /// Bytes of a resource at most.
@@ -53,6 +54,7 @@ pub struct Broker {
     pub(crate) keys: Keys,
     pub(crate) store: Arc<Store>,
     pub(crate) sessions: Sessions,
+    pub(crate) known_tokens: KnownTokens,
     pub(crate) verifiers: nacre_verify::Verifiers,
     pub(crate) metrics: Metrics,
     pub(crate) dir: PathBuf,
@@ -115,7 +117,16 @@ impl Broker {
         }
         let sessions = Sessions::new(store.clone(), lifetime, settings.most_sessions);
         let verifiers = crate::verifiers::open(dir)?;
-        Ok(Self { settings, keys, store, sessions, verifiers, metrics: Metrics::default(), dir: dir.to_owned() })
+        Ok(Self {
+            settings,
+            keys,
+            store,
+            sessions,
+            known_tokens: KnownTokens::default(),
+            verifiers,
+            metrics: Metrics::default(),
+            dir: dir.to_owned(),
+        })
     }
 
     /// The settings.

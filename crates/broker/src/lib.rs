@@ -36,6 +36,7 @@ mod release;
 pub mod server;
 mod storage;
 mod store;
+mod tokens;
 mod verifiers;
 
 pub use admin::{Administrator, Role, admin_token};

@@ -47,12 +47,18 @@ pub(crate) struct Released {
 }
 
 /// A guest that showed a token in its time.
+#[derive(Clone)]
 pub(crate) struct Guest {
     ear: Arc<Ear>,
     key: PublicKey,
 }
 
 impl Guest {
+    pub(crate) fn new(ear: Arc<Ear>) -> Result<Self, ApiError> {
+        let key = tee_key(ear.tee_pubkey().unwrap_or(&Value::Null))?;
+        Ok(Self { ear, key })
+    }
+
     pub(crate) fn name(&self) -> String {
         guest_name(&self.key)
     }
@@ -74,8 +80,8 @@ impl Broker {
     /// The guest behind a proof.
     pub(crate) fn guest(&self, proof: &Proof) -> Result<Guest, ApiError> {
         let refuse = |why: String| ApiError::new(401, "TokenVerifierError", why);
-        let ear = match proof {
-            Proof::Session(id) => self.sessions.ear(id)?,
+        let guest = match proof {
+            Proof::Session(id) => Guest::new(self.sessions.ear(id)?)?,
             Proof::Token(token) => {
                 let config = self.store.config()?;
                 let named = admin::key_id(token).unwrap_or_default();
@@ -85,12 +91,19 @@ impl Broker {
                             .into(),
                     )
                 })?;
-                Arc::new(Ear::verify(token, key).map_err(|e| refuse(e.to_string()))?.into_inner())
+                match self.known_tokens.get(token) {
+                    Some(guest) => guest,
+                    None => {
+                        let ear = Ear::verify(token, key).map_err(|e| refuse(e.to_string()))?.into_inner();
+                        let guest = Guest::new(Arc::new(ear))?;
+                        self.known_tokens.keep(token, guest.clone());
+                        guest
+                    }
+                }
             }
         };
-        ear.check_time(now()).map_err(|e| refuse(e.to_string()))?;
-        let key = tee_key(ear.tee_pubkey().unwrap_or(&Value::Null))?;
-        Ok(Guest { ear, key })
+        guest.ear.check_time(now()).map_err(|e| refuse(e.to_string()))?;
+        Ok(guest)
     }
 
     /// The resource as a JWE to the TEE key of the proof's token.

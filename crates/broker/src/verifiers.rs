@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use nacre_attest::{
     evidence::{Claims, EvidenceError, Expected, Verifier as _},
-    sim::{self, SimVerifier},
+    sim,
 };
-use nacre_core::{Verified, jose::PublicKey};
+use nacre_core::Verified;
 use nacre_verify::{Cache, Rules, Verifiers};
 use serde_json::Value;
 
@@ -67,17 +67,8 @@ impl Broker {
     ) -> Result<Verified<Claims>, ApiError> {
         let result = match self.verifiers.get(tee) {
             Some(verifier) => verifier.verify(evidence, expected),
-            None => self.sim_verifier()?.verify(evidence, expected),
+            None => self.store.config()?.sim().verify(evidence, expected),
         };
         result.map_err(|error: EvidenceError| ApiError::new(401, "EvidenceVerification", error.to_string()))
-    }
-
-    fn sim_verifier(&self) -> Result<SimVerifier, ApiError> {
-        let mut verifier = SimVerifier::new();
-        for pem in self.store.config()?.platforms(sim::TEE) {
-            let trusted = PublicKey::from_pem(pem).and_then(|key| verifier.trust(key));
-            trusted.map_err(BrokerError::from)?;
-        }
-        Ok(verifier)
     }
 }

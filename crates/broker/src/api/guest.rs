@@ -18,11 +18,13 @@ use crate::{ApiError, release::Proof, store::anchors::Advance};
 pub(super) async fn auth(State(app): State<App>, bytes: Body) -> Reply {
     let bytes = body(bytes)?;
     let secure = if app.secure { "; Secure" } else { "" };
-    let (opened, challenge, age) = blocking(app, move |broker| {
-        let (opened, challenge) = broker.auth(&bytes)?;
-        Ok((opened, challenge, broker.sessions.lifetime().as_secs()))
-    })
-    .await?;
+    let age = app.broker.sessions.lifetime().as_secs();
+    // A session in memory waits for nothing; one that replicas share does.
+    let (opened, challenge) = if app.broker.store.is_shared() {
+        blocking(app, move |broker| broker.auth(&bytes)).await?
+    } else {
+        app.broker.auth(&bytes)?
+    };
     let cookie =
         format!("{SESSION_COOKIE}={}; Path=/kbs/v0; Max-Age={age}; HttpOnly; SameSite=Strict{secure}", opened.id);
     Ok(([(header::SET_COOKIE, cookie)], ok(&challenge)).into_response())

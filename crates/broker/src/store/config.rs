@@ -12,6 +12,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use nacre_attest::sim::{self, SimVerifier};
 use nacre_core::jose::{Jwk, PublicKey};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,6 +47,7 @@ pub(crate) struct Config {
     policies: BTreeMap<String, Arc<Policy>>,
     references: Arc<BTreeMap<String, ReferenceValue>>,
     platforms: BTreeMap<String, String>,
+    sim: SimVerifier,
     token_keys: TokenKeys,
     admins: Vec<(String, PublicKey, Administrator)>,
 }
@@ -93,6 +95,10 @@ impl Config {
             let pem = text(Table::Platforms, &key, bytes.expose())?;
             platforms.insert(key, pem);
         }
+        let (mut sim, start) = (SimVerifier::new(), format!("{}/", sim::TEE));
+        for (_, pem) in platforms.iter().filter(|(key, _)| key.starts_with(&start)) {
+            sim.trust(PublicKey::from_pem(pem)?)?;
+        }
         let mut admins = Vec::new();
         for (key, bytes) in records.list(Table::Admins, "", None, MOST_ROWS)? {
             let admin: Administrator = from_json(Table::Admins, key.as_bytes(), bytes.expose())?;
@@ -100,7 +106,7 @@ impl Config {
             admins.push((Jwk::from_public(&public).thumbprint()?, public, admin));
         }
         let token_keys = TokenKeys::load(records)?;
-        Ok(Self { revision, policies, references: Arc::new(references), platforms, token_keys, admins })
+        Ok(Self { revision, policies, references: Arc::new(references), platforms, sim, token_keys, admins })
     }
 
     pub(crate) fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
@@ -138,14 +144,9 @@ impl Config {
         self.platforms.iter().filter(move |(key, _)| key.starts_with(&start)).map(|(_, text)| text.as_str())
     }
 
-    /// The public keys of the platforms of a TEE.
-    pub(crate) fn platforms(&self, tee: &str) -> Vec<&str> {
-        let start = format!("{tee}/");
-        self.platforms
-            .range(start.clone()..)
-            .take_while(|(key, _)| key.starts_with(&start))
-            .map(|(_, pem)| pem.as_str())
-            .collect()
+    /// What verifies simulated evidence.
+    pub(crate) fn sim(&self) -> &SimVerifier {
+        &self.sim
     }
 }
 

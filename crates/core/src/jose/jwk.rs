@@ -11,6 +11,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::{
     JoseError, PrivateKey, PublicKey, b64,
+    curve::P256PrivateKey,
     key::{RsaPublicKey, sequence_of_numbers},
 };
 
@@ -162,7 +163,10 @@ impl Jwk {
         let d = self.d.decode("d")?;
         let key = match self.kty.as_str() {
             "EC" => match Self::member(self.crv.as_ref(), "crv")? {
-                "P-256" if d.len() == 32 => p256::SecretKey::from_slice(&d).ok().map(PrivateKey::P256),
+                "P-256" if d.len() == 32 => match p256::SecretKey::from_slice(&d) {
+                    Ok(key) => Some(PrivateKey::P256(P256PrivateKey::new(key)?)),
+                    Err(_) => None,
+                },
                 "P-384" if d.len() == 48 => p384::SecretKey::from_slice(&d).ok().map(PrivateKey::P384),
                 "P-521" if d.len() == 66 => p521::SecretKey::from_slice(&d).ok().map(PrivateKey::P521),
                 "P-256" | "P-384" | "P-521" => None,

@@ -55,10 +55,7 @@ pub fn sign_compact(key: &PrivateKey, kid: Option<&str>, claims: &impl Serialize
     let claims = serde_json::to_vec(claims).map_err(|e| bad(e.to_string()))?;
     let message = format!("{}.{}", b64::encode(header), b64::encode(claims));
     let signature = match key {
-        PrivateKey::P256(key) => {
-            let signature: p256::ecdsa::Signature = p256::ecdsa::SigningKey::from(key).sign(message.as_bytes());
-            b64::encode(signature.to_bytes())
-        }
+        PrivateKey::P256(key) => b64::encode(key.sign(message.as_bytes())?),
         PrivateKey::P384(key) => {
             let signature: p384::ecdsa::Signature = p384::ecdsa::SigningKey::from(key).sign(message.as_bytes());
             b64::encode(signature.to_bytes())

@@ -17,7 +17,7 @@ use p256::{
 use rand_core::OsRng;
 use zeroize::Zeroizing;
 
-use super::{JoseError, Jwk, pem};
+use super::{JoseError, Jwk, curve::P256PrivateKey, pem};
 
 pub(super) const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const EC_PUBLIC_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
@@ -51,7 +51,7 @@ pub enum PublicKey {
 #[non_exhaustive]
 pub enum PrivateKey {
     /// NIST P-256.
-    P256(p256::SecretKey),
+    P256(P256PrivateKey),
     /// NIST P-384.
     P384(p384::SecretKey),
     /// NIST P-521.
@@ -275,8 +275,12 @@ impl fmt::Debug for PublicKey {
 
 impl PrivateKey {
     /// A new P-256 key.
+    ///
+    /// # Panics
+    /// Where aws-lc has no memory left.
+    #[expect(clippy::expect_used, reason = "a scalar of the curve is a key of the curve")]
     pub fn generate_p256() -> Self {
-        Self::P256(p256::SecretKey::random(&mut OsRng))
+        Self::P256(P256PrivateKey::generate().expect("a random scalar of P-256"))
     }
 
     /// A new P-384 key.
@@ -336,17 +340,21 @@ impl PrivateKey {
         if info.algorithm.oid != EC_PUBLIC_KEY {
             return Err(JoseError::unsupported("private key algorithm", &info.algorithm.oid.to_string()));
         }
-        p256::SecretKey::from_pkcs8_der(der)
-            .map(Self::P256)
-            .or_else(|_| p384::SecretKey::from_pkcs8_der(der).map(Self::P384))
+        if let Ok(key) = p256::SecretKey::from_pkcs8_der(der) {
+            return P256PrivateKey::new(key).map(Self::P256);
+        }
+        p384::SecretKey::from_pkcs8_der(der)
+            .map(Self::P384)
             .or_else(|_| p521::SecretKey::from_pkcs8_der(der).map(Self::P521))
             .map_err(|_| bad_private("not a key of P-256, P-384 or P-521"))
     }
 
     fn from_sec1(der: &[u8]) -> Result<Self, JoseError> {
-        p256::SecretKey::from_sec1_der(der)
-            .map(Self::P256)
-            .or_else(|_| p384::SecretKey::from_sec1_der(der).map(Self::P384))
+        if let Ok(key) = p256::SecretKey::from_sec1_der(der) {
+            return P256PrivateKey::new(key).map(Self::P256);
+        }
+        p384::SecretKey::from_sec1_der(der)
+            .map(Self::P384)
             .or_else(|_| p521::SecretKey::from_sec1_der(der).map(Self::P521))
             .map_err(|_| bad_private("not a SEC1 key of P-256, P-384 or P-521"))
     }
@@ -364,7 +372,7 @@ impl PrivateKey {
     /// [`JoseError::Unsupported`] for RSA, whose keys are never written.
     pub fn to_pkcs8_pem(&self) -> Result<Zeroizing<String>, JoseError> {
         let pem = match self {
-            Self::P256(key) => key.to_pkcs8_pem(LineEnding::LF),
+            Self::P256(key) => key.secret().to_pkcs8_pem(LineEnding::LF),
             Self::P384(key) => key.to_pkcs8_pem(LineEnding::LF),
             Self::P521(key) => key.to_pkcs8_pem(LineEnding::LF),
             Self::Rsa(_) => return Err(JoseError::unsupported("export of a private key", "RSA")),
@@ -375,7 +383,7 @@ impl PrivateKey {
     /// The public half.
     pub fn public(&self) -> PublicKey {
         match self {
-            Self::P256(key) => PublicKey::P256(key.public_key()),
+            Self::P256(key) => PublicKey::P256(*key.public()),
             Self::P384(key) => PublicKey::P384(key.public_key()),
             Self::P521(key) => PublicKey::P521(key.public_key()),
             Self::Rsa(key) => PublicKey::Rsa(key.public.clone()),

@@ -5,6 +5,7 @@
 //! | `b64` | base64url without padding |
 //! | `pem` | the blocks of a PEM file |
 //! | `key` | public and private keys, from PEM and DER |
+//! | `curve` | P-256, the curve that the broker spends its time with |
 //! | `jwk` | the same as JWK, thumbprints |
 //! | `kdf` | the Concat KDF of ECDH-ES |
 //! | `wrap` | how a content key is wrapped for a recipient |
@@ -16,6 +17,7 @@
 //! aws-lc-rs, in constant time (RUSTSEC-2023-0071).
 
 pub mod b64;
+mod curve;
 mod jwe;
 mod jwk;
 mod jws;
@@ -24,6 +26,7 @@ mod key;
 mod pem;
 mod wrap;
 
+pub use curve::P256PrivateKey;
 pub use jwe::{Jwe, Recipient, encrypt};
 pub use jwk::Jwk;
 pub use jws::{sign_compact, verify_compact};

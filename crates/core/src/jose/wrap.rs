@@ -10,7 +10,7 @@ use aws_lc_rs::rsa::{
 use rand_core::OsRng;
 use zeroize::Zeroizing;
 
-use super::{JoseError, Jwk, PrivateKey, PublicKey, kdf::concat_kdf, key::RsaPrivateKey};
+use super::{JoseError, Jwk, PrivateKey, PublicKey, curve::P256PrivateKey, kdf::concat_kdf, key::RsaPrivateKey};
 
 /// A content encryption key.
 pub(super) type Cek = Zeroizing<[u8; 32]>;
@@ -89,7 +89,7 @@ pub(super) fn wrap(key: &PublicKey, algorithm: KeyAlgorithm, cek: &Cek) -> Resul
         return Err(algorithm.mismatch(key.kind()));
     }
     let ephemeral = match key {
-        PublicKey::P256(_) => PrivateKey::P256(p256::SecretKey::random(&mut OsRng)),
+        PublicKey::P256(_) => PrivateKey::P256(P256PrivateKey::generate()?),
         PublicKey::P384(_) => PrivateKey::P384(p384::SecretKey::random(&mut OsRng)),
         PublicKey::P521(_) => PrivateKey::P521(p521::SecretKey::random(&mut OsRng)),
         PublicKey::Rsa(_) => return Err(algorithm.mismatch(key.kind())),
@@ -155,9 +155,7 @@ fn unwrap_rsa(rsa: &RsaPrivateKey, wrapped: &Wrapped<'_>) -> Option<Cek> {
 /// The shared secret Z: the x coordinate, in the field's full length. `None` for keys of different curves.
 fn agree(private: &PrivateKey, public: &PublicKey) -> Option<Zeroizing<Vec<u8>>> {
     let z = match (private, public) {
-        (PrivateKey::P256(private), PublicKey::P256(public)) => {
-            p256::ecdh::diffie_hellman(private.to_nonzero_scalar(), public.as_affine()).raw_secret_bytes().to_vec()
-        }
+        (PrivateKey::P256(private), PublicKey::P256(public)) => return private.agree(public),
         (PrivateKey::P384(private), PublicKey::P384(public)) => {
             p384::ecdh::diffie_hellman(private.to_nonzero_scalar(), public.as_affine()).raw_secret_bytes().to_vec()
         }
