@@ -85,7 +85,26 @@ pub(crate) struct Actor {
     repository: Option<String>,
 }
 
+/// Whoever asks, as it is told itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Whoami {
+    name: String,
+    role: Role,
+    repository: Option<String>,
+    /// Whether it may look at what belongs to no repository: guests, the audit log.
+    reads_all: bool,
+}
+
 impl Actor {
+    pub(crate) fn whoami(&self) -> Whoami {
+        Whoami {
+            name: self.name.clone(),
+            role: self.role,
+            repository: self.repository.clone(),
+            reads_all: self.may(Need::Read(None)).is_ok(),
+        }
+    }
+
     /// The paths that it may look at begin so.
     pub(crate) fn prefix(&self) -> String {
         self.repository.as_ref().map(|repository| format!("{repository}/")).unwrap_or_default()

@@ -10,7 +10,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use crate::{
-    Administrator, AuditEntry, AuditHead, Lease, PutOptions, References, Resource, Revocation, Signer, admin_token,
+    Administrator, AuditEntry, AuditHead, GuestChain, GuestList, GuestSummary, Lease, PutOptions, References, Resource,
+    Revocation, Signer, admin_token,
 };
 
 const JSON: &str = "application/json";
@@ -328,6 +329,23 @@ impl AdminClient {
         let pem = key.to_pem().map_err(|e| ClientError::Config(e.to_string()))?;
         self.call("trust platform", "/kbs/v0/sim-platform", Call::Post("application/x-pem-file", pem.as_bytes()))
             .map(drop)
+    }
+
+    /// Guests that attested or were refused, the newest first; before the one named `before`, `most` at most.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn guests(&self, list: GuestList, before: Option<&str>, most: usize) -> Result<Vec<GuestSummary>, ClientError> {
+        let before = before.map(|id| format!("&before={id}")).unwrap_or_default();
+        self.get("list guests", &format!("/kbs/v0/guests?list={}&most={most}{before}", list.name()))
+    }
+
+    /// A guest by its name, with its chain of trust.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn guest_chain(&self, id: &str) -> Result<GuestChain, ClientError> {
+        self.get("show guest", &format!("/kbs/v0/guests/{id}"))
     }
 
     /// The audit log after an entry's number, at most 1000 entries.

@@ -7,10 +7,14 @@ use nacre_core::{
 use serde_json::Value;
 
 use crate::{
-    AuditHead, Broker, BrokerError, Lease, PutOptions, Resource, Revocation,
+    AuditHead, Broker, BrokerError, GuestChain, GuestList, GuestSummary, Lease, PutOptions, Resource, Revocation,
     admin::Administrator,
     broker::{LOCAL, LONGEST_RESOURCE, entry},
-    files,
+    chain, files,
+    store::{
+        Page,
+        guests::{GuestId, Outcome},
+    },
 };
 
 /// Administrators beside the first one.
@@ -18,6 +22,11 @@ const MOST_ADMINS: usize = 1000;
 /// A lease has to be longer than the calls that renew it.
 const SHORTEST_LEASE: u32 = 5;
 const LONGEST_LEASE: u32 = 30 * 86_400;
+
+/// Guests that are listed at a time.
+const MOST_GUESTS: usize = 1000;
+/// Audit entries that are looked at for what was released to one guest.
+const MOST_AUDIT_LOOKED_AT: usize = 10_000;
 
 impl Broker {
     /// Keeps a value as the new current version of a resource; gives its number.
@@ -91,7 +100,11 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn resource_list(&self, prefix: &str) -> Result<Vec<Resource>, BrokerError> {
-        self.store.resources(prefix)
+        self.resource_page(prefix, &Page::ALL)
+    }
+
+    pub(crate) fn resource_page(&self, prefix: &str, page: &Page) -> Result<Vec<Resource>, BrokerError> {
+        self.store.resources(prefix, page)
     }
 
     /// The leases of resources whose paths begin so.
@@ -99,7 +112,11 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn leases(&self, prefix: &str) -> Result<Vec<Lease>, BrokerError> {
-        self.store.leases(prefix)
+        self.lease_page(prefix, &Page::ALL)
+    }
+
+    pub(crate) fn lease_page(&self, prefix: &str, page: &Page) -> Result<Vec<Lease>, BrokerError> {
+        self.store.leases(prefix, page)
     }
 
     /// Revokes leases; gives how many. Their guests are told when they renew, so within the time of a lease.
@@ -266,6 +283,37 @@ impl Broker {
     /// [`BrokerError`].
     pub fn audit_hash(&self, number: u64) -> Result<Option<String>, BrokerError> {
         self.store.audit_hash(number)
+    }
+
+    /// Guests that attested or were refused, the newest first; before the one named `before`, `most` at most.
+    ///
+    /// # Errors
+    /// [`BrokerError::Invalid`] for a `before` that is no guest of the list.
+    pub fn guests(&self, list: GuestList, before: Option<&str>, most: usize) -> Result<Vec<GuestSummary>, BrokerError> {
+        let before = before.map(|text| {
+            let id = GuestId::parse(text).filter(|id| id.list == list);
+            id.map(|id| id.number).ok_or_else(|| {
+                BrokerError::Invalid(format!("'{text:.40}' is the name of no guest of the list '{}'", list.name()))
+            })
+        });
+        let found = self.store.guests(list, before.transpose()?, most.min(MOST_GUESTS))?;
+        Ok(found.iter().map(|(id, _, record)| chain::summary(id.to_string(), record)).collect())
+    }
+
+    /// A guest by its name, as [`guests`](Self::guests) has it, with its chain of trust; `None` where it is not kept, or not any more.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn guest_chain(&self, id: &str) -> Result<Option<GuestChain>, BrokerError> {
+        let Some(id) = GuestId::parse(id) else { return Ok(None) };
+        let Some((audit, record)) = self.store.guest(id)? else { return Ok(None) };
+        let (events, whole) = match &record.outcome {
+            Outcome::Attested(attested) => {
+                self.store.audit_of(&record.guest, audit, attested.ear.exp, MOST_AUDIT_LOOKED_AT)?
+            }
+            Outcome::Refused(_) => (Vec::new(), true),
+        };
+        Ok(Some(chain::chain(id.to_string(), audit, &record, &events, whole)))
     }
 
     /// The counters, as Prometheus reads them.

@@ -5,7 +5,7 @@
 //! init data) ─▶ appraisal policy ─▶ EAR token
 //! ```
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use nacre_attest::{
     ear::{Appraisal, Ear, PROFILE, TrustVector, VerifierId},
@@ -24,10 +24,14 @@ use crate::{
     ApiError, AuditEntry, Broker,
     admin::now,
     broker::{entry, policy_name},
+    chain::{self, Refused, StageId},
     metrics::count,
     policy,
     release::Guest,
-    store::sessions::Opened,
+    store::{
+        guests::{Attested, Expectation, GuestRecord, Outcome},
+        sessions::Opened,
+    },
 };
 
 /// Where the token has the measurement, whatever its name in the TEE's claims is.
@@ -73,38 +77,59 @@ impl Broker {
     pub(crate) fn attest(&self, session: &str, body: &[u8]) -> Result<String, ApiError> {
         let (tee, nonce) = self.sessions.spend(session)?;
         match self.appraise(&tee, &nonce, body) {
-            Ok((ear, audit)) => {
+            Ok((ear, audit, record)) => {
                 let signer = self.store.config()?;
                 let token =
                     ear.issue(signer.token_keys().signer()).map_err(|e| refused("TokenIssue", e.to_string()))?;
-                let ear = Arc::new(ear);
-                self.sessions.attested(session, ear.clone(), audit)?;
+                let record = record.kept(self.settings.most_guests)?;
+                self.sessions.attested(session, ear.clone(), audit, record)?;
                 self.known_tokens.keep(&token, Guest::new(ear)?);
                 count(&self.metrics.attested);
                 Ok(token)
             }
-            Err(error) => {
+            Err(Refused { error, refusal, guest }) => {
                 count(&self.metrics.attestation_refused);
                 // It is spent; that it goes at once only makes room.
                 let _ = self.sessions.close(session);
-                self.audit_refusal(AuditEntry {
+                let audit = AuditEntry {
                     detail: error.detail.clone(),
                     simulated: tee == sim::TEE,
                     ..entry("attestation refused", &tee, String::new())
-                });
+                };
+                let record = GuestRecord {
+                    time: now(),
+                    guest,
+                    measurement: String::new(),
+                    simulated: tee == sim::TEE,
+                    tee,
+                    outcome: Outcome::Refused(refusal),
+                };
+                self.audit_refusal_of(audit, Some(record.kept(self.settings.most_guests)?));
                 Err(error)
             }
         }
     }
 
-    fn appraise(&self, tee: &str, nonce: &str, body: &[u8]) -> Result<(Ear, AuditEntry), ApiError> {
+    fn appraise(&self, tee: &str, nonce: &str, body: &[u8]) -> Result<(Arc<Ear>, AuditEntry, GuestRecord), Refused> {
         let message = Attestation::parse(body).map_err(|e| malformed(&e))?;
         if message.runtime_data.nonce != nonce {
-            return Err(refused("NonceMismatch", "the nonce is not this session's"));
+            let error = refused("NonceMismatch", "the nonce is not this session's");
+            let found = Some(message.runtime_data.nonce.as_str());
+            return Err(Refused::new(StageId::Session, "Nonce", [nonce.to_owned()], found, error));
         }
         let key = tee_key(&message.runtime_data.tee_pubkey)?;
+        self.judge(tee, &message, &key).map_err(|refused| refused.of(guest_name(&key)))
+    }
+
+    /// The evidence of a message whose nonce is the session's.
+    fn judge(
+        &self,
+        tee: &str,
+        message: &Attestation,
+        key: &PublicKey,
+    ) -> Result<(Arc<Ear>, AuditEntry, GuestRecord), Refused> {
         if !message.tee_evidence.additional_evidence.is_empty() {
-            return Err(refused("UnsupportedEvidence", "evidence of additional devices is not supported"));
+            return Err(refused("UnsupportedEvidence", "evidence of additional devices is not supported").into());
         }
         let init_data = match &message.init_data {
             None => None,
@@ -112,7 +137,7 @@ impl Broker {
                 Some(InitData::parse(&init.body).map_err(|e| refused("InitData", e.to_string()))?)
             }
             Some(init) => {
-                return Err(refused("InitData", format!("init data format '{:.40}' is not toml", init.format)));
+                return Err(refused("InitData", format!("init data format '{:.40}' is not toml", init.format)).into());
             }
         };
         let bound =
@@ -150,14 +175,22 @@ impl Broker {
         set(&mut input, "init_data_claims", init_claims(usize::MAX));
         set(&mut evidence, "init_data_claims", init_claims(LONGEST_CLAIM));
 
-        let (vector, policy_name) = self.trust(tee, input)?;
-        let ear = self.result(vector, evidence, claims.simulated);
-        let audit = audit_entry(&ear, &claims, &key, policy_name);
-        Ok((ear, audit))
+        let Trusted { vector, policy, expected } = self.trust(tee, input, &claims.claims)?;
+        let ear = Arc::new(self.result(vector, evidence, claims.simulated));
+        let audit = audit_entry(&ear, &claims, key, policy.clone());
+        let record = GuestRecord {
+            time: ear.iat,
+            tee: tee.to_owned(),
+            guest: audit.actor.clone(),
+            measurement: claims.measurement,
+            simulated: claims.simulated,
+            outcome: Outcome::Attested(Attested { policy, ear: ear.clone(), expected }),
+        };
+        Ok((ear, audit, record))
     }
 
     /// By the policy of the TEE's class, where it has one; by that of all CPUs otherwise.
-    fn trust(&self, tee: &str, input: Value) -> Result<(TrustVector, String), ApiError> {
+    fn trust(&self, tee: &str, input: Value, claims_of: &Value) -> Result<Trusted, ApiError> {
         let config = self.store.config()?;
         let own = policy::class_of(tee);
         let found = [own.as_str(), policy::DEFAULT_CPU]
@@ -165,10 +198,17 @@ impl Broker {
             .find_map(|id| config.policy(&format!("attestation/{id}")).map(|policy| (id, policy)));
         let (id, policy) = found.ok_or_else(|| refused("PolicyEngineError", "there is no attestation policy"))?;
         let refuse = |why: String| refused("PolicyEngineError", format!("attestation policy {id}: {why}"));
-        let claims = policy.evaluate(policy::TRUST_CLAIMS, input, None, config.references()).map_err(refuse)?;
+        let known = config.references();
+        let (claims, asked) = policy.appraise(input, known.clone()).map_err(refuse)?;
         let claims = serde_json::from_value(claims).map_err(|e| refuse(format!("trust_claims: {e}")))?;
         let vector = TrustVector::new(claims).map_err(|name| refuse(format!("'{name:.40}' is no trust claim")))?;
-        Ok((vector, policy_name(id, policy.text())))
+        let now = now();
+        let expected = asked.into_iter().filter(|name| !chain::is_of_another(tee, name)).map(|name| {
+            let value = known.get(&name).filter(|value| value.expires > now);
+            let found = chain::counterpart(tee, claims_of, &name);
+            (name, value.map(|value| Expectation::of(value, found)))
+        });
+        Ok(Trusted { vector, policy: policy_name(id, policy.text()), expected: expected.collect() })
     }
 
     fn result(&self, vector: TrustVector, evidence: Value, simulated: bool) -> Ear {
@@ -188,6 +228,13 @@ impl Broker {
             simulated,
         }
     }
+}
+
+/// What a policy gave, by which name it is known, and what it asked for.
+struct Trusted {
+    vector: TrustVector,
+    policy: String,
+    expected: BTreeMap<String, Option<Expectation>>,
 }
 
 fn set(object: &mut Value, name: &str, value: Option<serde_json::Map<String, Value>>) {

@@ -26,7 +26,7 @@ use crate::{
         embedded::Embedded,
         postgres::{Address, Postgres},
     },
-    store::{Store, sessions::Sessions},
+    store::{Store, guests::Kept, sessions::Sessions},
     tokens::KnownTokens,
 };
 
@@ -181,7 +181,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub fn resources(&self) -> Result<Vec<String>, BrokerError> {
-        Ok(self.store.resources("")?.into_iter().map(|resource| resource.path).collect())
+        Ok(self.resource_list("")?.into_iter().map(|resource| resource.path).collect())
     }
 
     /// Sets an appraisal policy: `<tee>_cpu` for a TEE's class, `default_cpu` for those that have none.
@@ -322,6 +322,11 @@ impl Broker {
 
     /// Logs a refusal, as long as there are not too many.
     pub(crate) fn audit_refusal(&self, entry: AuditEntry) {
+        self.audit_refusal_of(entry, None);
+    }
+
+    /// [`audit_refusal`](Self::audit_refusal), of a guest that is kept for people as well.
+    pub(crate) fn audit_refusal_of(&self, entry: AuditEntry, guest: Option<Kept>) {
         tracing::warn!(
             event = entry.event,
             actor = entry.actor,
@@ -329,7 +334,7 @@ impl Broker {
             detail = entry.detail,
             "refused"
         );
-        if let Err(error) = self.store.audit_refusal(entry) {
+        if let Err(error) = self.store.audit_refusal(entry, guest) {
             tracing::error!(%error, "a refusal could not be logged");
         }
     }

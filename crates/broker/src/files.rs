@@ -58,6 +58,8 @@ pub struct Settings {
     pub calls_per_second: u32,
     /// Calls that are worked on at a time; more are told to come back.
     pub most_calls: usize,
+    /// Guests of which it is kept what was found, of those that attested and of those that were refused each; the oldest goes when there are more.
+    pub most_guests: usize,
     /// Versions of a resource that are kept, the current one among them.
     pub resource_versions: usize,
     /// Where the master key is: `file:PATH`, `pkcs11:…`, `tpm:…`. Paths are relative to the directory.
@@ -84,6 +86,7 @@ impl Default for Settings {
             signed_references_only: false,
             calls_per_second: 200,
             most_calls: 64,
+            most_guests: 10_000,
             resource_versions: 3,
             master_key: format!("file:{MASTER}"),
             database: None,
@@ -258,6 +261,7 @@ pub(crate) fn check_settings(settings: &Settings) -> Result<(), String> {
         ("most_sessions", (1..=1_000_000).contains(&settings.most_sessions)),
         ("calls_per_second", settings.calls_per_second <= 1_000_000),
         ("most_calls", (1..=1024).contains(&settings.most_calls)),
+        ("most_guests", settings.most_guests <= 100_000),
         ("resource_versions", (1..=1000).contains(&settings.resource_versions)),
     ];
     match bounds.iter().find(|(_, fine)| !fine) {

@@ -11,6 +11,7 @@
 //! | `reference` | signed documents of reference values |
 //! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
 //! | `admin` | the administrator's tokens |
+//! | `chain` | the chain of trust of one guest, for people |
 //! | [`server`] | the HTTP service under `/kbs/v0` |
 //! | [`AdminClient`] | the administrator's client |
 //!
@@ -25,6 +26,7 @@ mod administer;
 mod api;
 mod appraise;
 mod broker;
+mod chain;
 mod error;
 mod files;
 mod limit;
@@ -42,6 +44,7 @@ mod verifiers;
 pub use admin::{Administrator, Role, admin_token};
 pub use admin_client::{AdminClient, AnchorInfo, ResourceScope};
 pub use broker::{Broker, InitOptions};
+pub use chain::{Check, GuestChain, GuestSummary, Stage, StageId, TrustClaim, Verdict};
 pub use error::{ApiError, BrokerError};
 pub use files::{OpenMaster, Settings};
 pub use master::{MasterKey, MasterKeyError};
@@ -52,6 +55,7 @@ pub use storage::StorageError;
 pub use store::{
     AuditEntry, ReferenceValue,
     audit::AuditHead,
+    guests::GuestList,
     leases::{Lease, Revocation},
     resources::{PutOptions, Resource, ResourceKind},
 };

@@ -4,6 +4,7 @@
 //! (an error, no value, another type, too long) is a refusal, whose reason the caller sees and logs.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet, HashMap},
     num::NonZeroU32,
     sync::{Arc, Mutex, PoisonError},
@@ -33,6 +34,22 @@ const CHECK_EVERY: NonZeroU32 = NonZeroU32::MIN.saturating_add(63);
 
 /// Reference values by their names.
 pub type References = BTreeMap<String, ReferenceValue>;
+
+/// Names of reference values that are noted of one evaluation.
+const MOST_ASKED: usize = 128;
+
+thread_local! {
+    /// The reference values that the evaluation on this thread has asked for, where somebody wants to know.
+    static ASKED: RefCell<Option<BTreeSet<String>>> = const { RefCell::new(None) };
+}
+
+fn note(id: &str) {
+    ASKED.with_borrow_mut(|asked| {
+        if let Some(asked) = asked.as_mut().filter(|asked| asked.len() < MOST_ASKED) {
+            asked.insert(id.chars().take(200).collect());
+        }
+    });
+}
 
 /// Engines of one policy that are kept, by the data that they were made for.
 const MOST_ENGINES: usize = 256;
@@ -68,10 +85,21 @@ impl Policy {
     ) -> Result<Value, String> {
         let mut engine = self.prepared(rule, data, references)?;
         engine.set_input(regorus::Value::from(input));
-        match engine.eval_rule(rule.to_owned()).map_err(|e| shorten(&e))? {
-            regorus::Value::Undefined => Err(format!("{rule} has no value for this input")),
-            value => serde_json::to_value(&value).map_err(|e| e.to_string()),
-        }
+        ask(&mut engine, rule)
+    }
+
+    /// Evaluates the rule of appraisal policies; gives the names of the reference values that it asked for, too.
+    pub(crate) fn appraise(
+        &self,
+        input: Value,
+        references: Arc<References>,
+    ) -> Result<(Value, BTreeSet<String>), String> {
+        let mut engine = self.prepared(TRUST_CLAIMS, None, references)?;
+        engine.set_input(regorus::Value::from(input));
+        ASKED.set(Some(BTreeSet::new()));
+        let claims = ask(&mut engine, TRUST_CLAIMS);
+        let asked = ASKED.take().unwrap_or_default();
+        Ok((claims?, asked))
     }
 
     fn prepared(
@@ -99,6 +127,13 @@ impl Policy {
         }
         engines.insert(name, Prepared { engine: engine.clone(), references });
         Ok(engine)
+    }
+}
+
+fn ask(engine: &mut regorus::Engine, rule: &str) -> Result<Value, String> {
+    match engine.eval_rule(rule.to_owned()).map_err(|e| shorten(&e))? {
+        regorus::Value::Undefined => Err(format!("{rule} has no value for this input")),
+        value => serde_json::to_value(&value).map_err(|e| e.to_string()),
     }
 }
 
@@ -251,6 +286,7 @@ fn engine(policy: &str) -> Result<regorus::Engine, String> {
 fn add_references(engine: &mut regorus::Engine, references: Arc<References>) -> Result<(), String> {
     let query = move |parameters: Vec<regorus::Value>| {
         let id = parameters.first().and_then(|id| id.as_string().ok()).map(ToString::to_string).unwrap_or_default();
+        note(&id);
         Ok(match references.get(&id).filter(|reference| reference.expires > now()) {
             Some(reference) => regorus::Value::from(Value::Array(reference.values.clone())),
             None => regorus::Value::Null,
@@ -296,6 +332,23 @@ mod tests {
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("cc"))]), (3, 2, 36));
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.svn", json!(3))]), (3, 97, 3));
         assert_eq!(claims(sim(false), &[("sim.measurement", json!("ab"))]), (33, 2, 3));
+    }
+
+    #[test]
+    fn an_appraisal_says_which_reference_values_it_asked_for() {
+        let policy = Policy::new(DEFAULT_CPU_TEXT.into());
+        let references = Arc::new(references(&[("sim.measurement", json!("aa"))]));
+        let asked = |input: Value| policy.appraise(input, references.clone()).unwrap().1;
+        let sim = json!({"sim": {"simulated": true, "measurement": "aa", "init_data": "bb", "svn": 2, "debug": false}});
+        let named = |asked: &BTreeSet<String>| {
+            ["sim.init_data", "sim.measurement", "sim.svn", "image_policy"].map(|name| asked.contains(name))
+        };
+        let first = asked(sim.clone());
+        assert_eq!(named(&first), [true, true, true, false]);
+        // Nothing of one evaluation is left for the next.
+        assert_eq!(named(&asked(json!({}))), [false, true, false, false]);
+        assert_eq!(asked(sim), first);
+        assert_eq!(ASKED.take(), None);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use nacre_core::Verified;
 use nacre_verify::{Cache, Rules, Verifiers};
 use serde_json::Value;
 
-use crate::{ApiError, Broker, BrokerError};
+use crate::{ApiError, Broker, BrokerError, chain::Refused};
 
 const RULES: &str = "verify.toml";
 const COLLATERAL: &str = "collateral";
@@ -64,11 +64,17 @@ impl Broker {
         tee: &str,
         evidence: &Value,
         expected: &Expected<'_>,
-    ) -> Result<Verified<Claims>, ApiError> {
+    ) -> Result<Verified<Claims>, Refused> {
         let result = match self.verifiers.get(tee) {
             Some(verifier) => verifier.verify(evidence, expected),
-            None => self.store.config()?.sim().verify(evidence, expected),
+            None => self.store.config().map_err(ApiError::from)?.sim().verify(evidence, expected),
         };
-        result.map_err(|error: EvidenceError| ApiError::new(401, "EvidenceVerification", error.to_string()))
+        result.map_err(|error: EvidenceError| Refused::evidence(&error, self.trusted_platforms()))
+    }
+
+    /// The simulated platforms that are trusted, for people.
+    fn trusted_platforms(&self) -> Vec<String> {
+        let config = self.store.config().ok();
+        config.map(|config| config.platform_names(sim::TEE)).unwrap_or_default()
     }
 }

@@ -15,7 +15,7 @@ use nacre_attest::{
     client::{Credential, Transport as Channel},
     rcar::TokenReply,
 };
-use nacre_broker::{Broker, BrokerError, Handle, InitOptions, Settings, Transport, serve};
+use nacre_broker::{Broker, BrokerError, GuestList, Handle, InitOptions, Settings, Transport, serve};
 use nacre_core::jose::PrivateKey;
 use nacre_testkit::{Postgres, Tls};
 
@@ -200,4 +200,25 @@ fn the_database_is_reached_by_tls() {
     let broker = init("c", &tls.ca()).unwrap();
     broker.put_resource(&path("a/b/c"), b"x").unwrap();
     assert_eq!(database.sql("SELECT count(*) > 0 FROM pg_stat_ssl WHERE ssl AND pid <> pg_backend_pid()"), "t");
+}
+
+#[test]
+fn guests_are_kept_by_all_replicas_together_and_a_schema_before_them_is_migrated() {
+    let Some(database) = Postgres::start(None) else { return };
+    let (dirs, guests) = directories(&database.url(), 2);
+    // As a broker before there were records of guests left it.
+    database.sql("DROP TABLE nacre_guests; DELETE FROM nacre_schema WHERE version > 1");
+    let [a, b] = ["0", "1"].map(|name| Replica::start(&dirs.path().join(name)));
+    for replica in [&a, &b, &a] {
+        replica.wire().token(&guests.attester(None));
+    }
+    let ids = |replica: &Replica| {
+        let found = replica.broker.guests(GuestList::Attested, None, 10).unwrap();
+        found.into_iter().map(|guest| guest.id).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&a), ["a2", "a1", "a0"]);
+    assert_eq!(ids(&b), ids(&a));
+    let chain = b.broker.guest_chain("a2").unwrap().unwrap();
+    assert_eq!(chain.guest.verdict, "affirming");
+    assert_eq!(database.sql("SELECT max(version) FROM nacre_schema").trim(), "2");
 }

@@ -14,6 +14,7 @@ use super::{App, Body, Parameters, Reply, administer, body, ok, parse, resource_
 use crate::{
     ApiError, AuditHead, PutOptions, ResourceKind, Revocation, Signer,
     admin::{Administrator, Need},
+    store::Page,
 };
 
 /// Audit entries in one answer.
@@ -87,14 +88,24 @@ pub(super) async fn delete_resource(
     Ok(ok(&json!({})))
 }
 
-pub(super) async fn resources(State(app): State<App>, headers: HeaderMap) -> Reply {
+pub(super) async fn resources(State(app): State<App>, Query(query): Parameters, headers: HeaderMap) -> Reply {
+    let page = Page::of(&query)?;
     let list =
-        administer(app, &headers, Need::ReadOwn, |broker, actor| Ok(broker.resource_list(&actor.prefix())?)).await?;
+        administer(
+            app,
+            &headers,
+            Need::ReadOwn,
+            move |broker, actor| Ok(broker.resource_page(&actor.prefix(), &page)?),
+        )
+        .await?;
     Ok(ok(&list))
 }
 
-pub(super) async fn leases(State(app): State<App>, headers: HeaderMap) -> Reply {
-    let list = administer(app, &headers, Need::ReadOwn, |broker, actor| Ok(broker.leases(&actor.prefix())?)).await?;
+pub(super) async fn leases(State(app): State<App>, Query(query): Parameters, headers: HeaderMap) -> Reply {
+    let page = Page::of(&query)?;
+    let list =
+        administer(app, &headers, Need::ReadOwn, move |broker, actor| Ok(broker.lease_page(&actor.prefix(), &page)?))
+            .await?;
     Ok(ok(&list))
 }
 

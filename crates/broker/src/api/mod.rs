@@ -20,6 +20,9 @@
 //! GET, POST /kbs/v0/admins, DELETE …/{name}        admin
 //! POST /kbs/v0/token-key                           admin: a new one
 //! GET  /kbs/v0/audit?after=N, /audit-head[?number=N]       admin
+//! GET  /kbs/v0/audit-page?before=N, /audit-check?after=N   admin: for people, the newest first; how far the chain holds
+//! GET  /kbs/v0/guests?list=L&before=ID, /guests/{id}       admin: what was found of guests
+//! GET  /kbs/v0/whoami                              admin: which role the token has
 //! GET  /healthz, /metrics
 //! ```
 //!
@@ -27,6 +30,7 @@
 
 mod admin;
 mod guest;
+mod look;
 
 use std::{
     collections::BTreeMap,
@@ -119,6 +123,11 @@ pub(crate) fn router(broker: Arc<Broker>, secure: bool) -> Router {
         .route("/token-key", post(admin::rotate_token_key))
         .route("/audit", get(admin::audit))
         .route("/audit-head", get(admin::audit_head))
+        .route("/audit-page", get(look::audit_page))
+        .route("/audit-check", get(look::audit_check))
+        .route("/guests", get(look::guests))
+        .route("/guests/{id}", get(look::guest))
+        .route("/whoami", get(look::whoami))
         .layer(from_fn_with_state(app.clone(), bound));
     Router::new()
         .nest("/kbs/v0", v0)
@@ -215,7 +224,13 @@ async fn administer<T: Send + 'static>(
 fn json_response(status: StatusCode, value: &impl Serialize) -> Response {
     // What is answered is made of strings and JSON values, which always serialise.
     let body = serde_json::to_vec(value).unwrap_or_default();
-    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+    // Nobody between keeps it, and no browser takes it for a page.
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    (status, headers, body).into_response()
 }
 
 fn ok(value: &impl Serialize) -> Response {

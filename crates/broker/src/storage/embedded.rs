@@ -32,6 +32,7 @@ pub(super) fn definition(table: Table) -> TableDefinition<'static, &'static [u8]
         Table::Admins => "2.admins",
         Table::Sessions => "2.sessions",
         Table::Leases => "2.leases",
+        Table::Guests => "2.guests",
         Table::Anchors => "2.anchors",
         Table::Audit => "2.audit",
     })

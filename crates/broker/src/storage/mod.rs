@@ -47,6 +47,8 @@ pub(crate) enum Table {
     Sessions,
     /// Leases.
     Leases,
+    /// What was found of guests that attested, or were refused.
+    Guests,
     /// Anchors of volumes.
     Anchors,
     /// The audit log.
@@ -54,7 +56,7 @@ pub(crate) enum Table {
 }
 
 impl Table {
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::Meta,
         Self::Keys,
         Self::Resources,
@@ -65,6 +67,7 @@ impl Table {
         Self::Admins,
         Self::Sessions,
         Self::Leases,
+        Self::Guests,
         Self::Anchors,
         Self::Audit,
     ];
@@ -81,6 +84,7 @@ impl Table {
             Self::Admins => "admins",
             Self::Sessions => "sessions",
             Self::Leases => "leases",
+            Self::Guests => "guests",
             Self::Anchors => "anchors",
             Self::Audit => "audit",
         }

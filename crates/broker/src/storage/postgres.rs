@@ -25,8 +25,8 @@ use super::{
 };
 use crate::BrokerError;
 
-/// The schema, a step a version; a step is never changed, only followed by another one.
-const STEPS: [&str; 1] = ["CREATE TABLE IF NOT EXISTS nacre_{} (key bytea PRIMARY KEY, value bytea NOT NULL)"];
+/// The schema, a step a version, taken for each table; a step is never changed, only followed by another one. The second one makes `guests`.
+const STEPS: [&str; 2] = ["CREATE TABLE IF NOT EXISTS nacre_{} (key bytea PRIMARY KEY, value bytea NOT NULL)"; 2];
 /// Connections for reading that are kept.
 const MOST_IDLE: usize = 16;
 const CONNECT_TIME: Duration = Duration::from_secs(5);

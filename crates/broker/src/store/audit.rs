@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use nacre_core::Digest;
 use serde::{Deserialize, Serialize};
 
-use super::Store;
+use super::{Store, guests::Kept};
 use crate::{
     BrokerError,
     admin::now,
@@ -89,8 +89,8 @@ pub(super) fn set_head(tx: &mut Tx<'_>, head: &AuditHead) -> Result<(), BrokerEr
     put_json(tx, "audit", head)
 }
 
-/// Adds an entry to the log.
-pub(super) fn append(tx: &mut Tx<'_>, mut entry: AuditEntry) -> Result<(), BrokerError> {
+/// Adds an entry to the log; gives its number.
+pub(super) fn append(tx: &mut Tx<'_>, mut entry: AuditEntry) -> Result<u64, BrokerError> {
     let last = head(tx)?;
     entry.number = last.number + 1;
     entry.time = now();
@@ -98,7 +98,7 @@ pub(super) fn append(tx: &mut Tx<'_>, mut entry: AuditEntry) -> Result<(), Broke
     let text = serde_json::to_string(&entry).map_err(|e| BrokerError::Invalid(e.to_string()))?;
     set_head(tx, &AuditHead { number: entry.number, hash: Digest::sha256(text.as_bytes()).hex() })?;
     tx.put(Table::Audit, key(entry.number), text);
-    Ok(())
+    Ok(entry.number)
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -123,8 +123,9 @@ impl Store {
         self.change(entry, |_| Ok(()))
     }
 
-    /// Adds a refusal, unless there were too many in this minute, at all replicas together.
-    pub(crate) fn audit_refusal(&self, entry: AuditEntry) -> Result<(), BrokerError> {
+    /// Adds a refusal, and the record of the guest that was refused to attest, unless there were too many in this minute, at all replicas
+    /// together.
+    pub(crate) fn audit_refusal(&self, entry: AuditEntry, guest: Option<Kept>) -> Result<(), BrokerError> {
         let unlogged = {
             let mut unlogged = self.refusals.0.lock().unwrap_or_else(PoisonError::into_inner);
             if now() < unlogged.closed_until {
@@ -151,7 +152,10 @@ impl Store {
             if unlogged > 0 {
                 entry.detail = format!("{} ({unlogged} refusals before this one were not logged)", entry.detail);
             }
-            append(records.tx, entry)?;
+            let number = append(records.tx, entry)?;
+            if let Some(guest) = &guest {
+                guest.put(records, number)?;
+            }
             Ok(None)
         })?;
         if let Some(until) = closed_until {
@@ -196,6 +200,39 @@ impl Store {
                 return Err(damaged(format!("audit entry {}", reached + 1), "it is missing"));
             }
             Ok(entries)
+        })
+    }
+
+    /// Entries after number `after` whose actor is this one, until a time, and whether these are all: `most` entries are looked at.
+    pub(crate) fn audit_of(
+        &self,
+        actor: &str,
+        after: u64,
+        until: i64,
+        most: usize,
+    ) -> Result<(Vec<AuditEntry>, bool), BrokerError> {
+        const AT_ONCE: usize = 1000;
+        self.view(|records| {
+            let (mut found, mut last, mut left) = (Vec::new(), after, most);
+            loop {
+                let asked = AT_ONCE.min(left);
+                let rows = records.tx.list(Table::Audit, "", Some(&key(last)), asked)?;
+                left -= rows.len();
+                let ended = rows.len() < asked;
+                for (_, text) in rows {
+                    let entry: AuditEntry = super::from_json(Table::Audit, b"", &text)?;
+                    if entry.time > until {
+                        return Ok((found, true));
+                    }
+                    last = entry.number;
+                    if entry.actor == actor {
+                        found.push(entry);
+                    }
+                }
+                if left == 0 || ended {
+                    return Ok((found, ended));
+                }
+            }
         })
     }
 

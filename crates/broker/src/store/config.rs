@@ -148,6 +148,12 @@ impl Config {
     pub(crate) fn sim(&self) -> &SimVerifier {
         &self.sim
     }
+
+    /// The thumbprints of the platforms of a TEE.
+    pub(crate) fn platform_names(&self, tee: &str) -> Vec<String> {
+        let start = format!("{tee}/");
+        self.platforms.keys().filter_map(|key| key.strip_prefix(&start)).map(str::to_owned).collect()
+    }
 }
 
 impl Store {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nacre_core::{Digest, SecretArray, jose::b64};
 use serde::{Deserialize, Serialize};
 
-use super::{AuditEntry, MOST_ROWS, Records, Store, audit, from_json};
+use super::{AuditEntry, MOST_ROWS, Page, Records, Store, audit, from_json};
 use crate::{
     BrokerError,
     admin::now,
@@ -23,6 +23,8 @@ use crate::{
 const KEPT: i64 = 86_400;
 /// Leases that are looked at, to remove old ones, for each that comes.
 const SWEEP: usize = 16;
+/// Leases that are read at a time.
+const AT_ONCE: usize = 1000;
 
 /// Who holds a resource, and until when.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -102,7 +104,7 @@ impl Store {
                 }
             }
             records.put_json(Table::Leases, &key, &lease)?;
-            audit::append(records.tx, entry.clone())
+            audit::append(records.tx, entry.clone()).map(drop)
         })
     }
 
@@ -135,7 +137,15 @@ impl Store {
     }
 
     fn all(records: &mut Records<'_, '_>) -> Result<Vec<(String, Lease)>, BrokerError> {
-        let rows = records.list(Table::Leases, "", None, MOST_ROWS)?;
+        Self::some(records, None, MOST_ROWS)
+    }
+
+    fn some(
+        records: &mut Records<'_, '_>,
+        after: Option<&str>,
+        most: usize,
+    ) -> Result<Vec<(String, Lease)>, BrokerError> {
+        let rows = records.list(Table::Leases, "", after.map(str::as_bytes), most)?;
         rows.into_iter()
             .map(|(key, bytes)| {
                 let lease: Lease = from_json(Table::Leases, key.as_bytes(), bytes.expose())?;
@@ -145,10 +155,26 @@ impl Store {
             .collect()
     }
 
-    /// All leases of resources whose paths begin so.
-    pub(crate) fn leases(&self, prefix: &str) -> Result<Vec<Lease>, BrokerError> {
-        let all = self.view(Self::all)?;
-        Ok(all.into_iter().map(|(_, lease)| lease).filter(|lease| lease.path.starts_with(prefix)).collect())
+    /// Leases of resources whose paths begin so; a page begins after a lease's name.
+    pub(crate) fn leases(&self, prefix: &str, page: &Page) -> Result<Vec<Lease>, BrokerError> {
+        self.view(|records| {
+            // A name is the start of a key, and '~' comes after what keys are made of.
+            let mut after = page.after.as_ref().map(|name| format!("{name}~"));
+            let (mut found, mut looked_at) = (Vec::new(), 0);
+            while found.len() < page.most && looked_at < MOST_ROWS {
+                let asked = page.most.max(AT_ONCE).min(MOST_ROWS - looked_at);
+                let rows = Self::some(records, after.as_deref(), asked)?;
+                looked_at += rows.len();
+                let ended = rows.len() < asked;
+                after = rows.last().map(|(key, _)| key.clone());
+                let own = rows.into_iter().map(|(_, lease)| lease).filter(|lease| lease.path.starts_with(prefix));
+                found.extend(own.take(page.most - found.len()));
+                if ended {
+                    break;
+                }
+            }
+            Ok(found)
+        })
     }
 
     /// Revokes what is covered and has not ended, of resources whose paths begin so; gives how many that are.

@@ -64,6 +64,6 @@ pub(super) fn seal_what_is_plain(database: &Database, keys: &std::sync::Arc<Keys
         touch(records.tx)?;
         records.tx.delete(Table::Meta, "migrate");
         let entry = AuditEntry { event: "database migrated".into(), actor: "local".into(), ..AuditEntry::default() };
-        audit::append(records.tx, AuditEntry { detail: "format 1 to 2".into(), ..entry })
+        audit::append(records.tx, AuditEntry { detail: "format 1 to 2".into(), ..entry }).map(drop)
     })
 }

@@ -9,6 +9,7 @@
 //! | `leases`, `anchors` | who holds a resource until when; how far volumes have come |
 //! | `tokens` | the keys that sign attestation tokens |
 //! | `sessions` | nonces that work once |
+//! | `guests` | what was found of guests, for people |
 //! | `migrate` | what format 1 kept, sealed as format 2 does |
 //!
 //! Invariants: a record opens only at the table and key that it was sealed for, so that whoever writes to the database can neither
@@ -17,6 +18,7 @@
 pub(crate) mod anchors;
 pub(crate) mod audit;
 pub(crate) mod config;
+pub(crate) mod guests;
 pub(crate) mod keyring;
 pub(crate) mod leases;
 mod migrate;
@@ -24,13 +26,16 @@ pub(crate) mod resources;
 pub(crate) mod sessions;
 pub(crate) mod tokens;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use nacre_core::SecretBytes;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    BrokerError, MasterKey,
+    ApiError, BrokerError, MasterKey,
     storage::{Database, Lane, Storage, StorageError, Table, Tx},
 };
 pub use audit::AuditEntry;
@@ -40,6 +45,26 @@ use keyring::{Keyring, Keys};
 
 /// Rows of one kind that are held in memory at most.
 const MOST_ROWS: usize = 100_000;
+
+/// A part of a list: what comes after a name, so many at most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Page {
+    pub(crate) after: Option<String>,
+    pub(crate) most: usize,
+}
+
+impl Page {
+    /// All there is.
+    pub(crate) const ALL: Self = Self { after: None, most: MOST_ROWS };
+
+    /// As a query says it: `after=NAME&most=N`.
+    pub(crate) fn of(query: &BTreeMap<String, String>) -> Result<Self, ApiError> {
+        let most = query.get("most").map_or(Ok(MOST_ROWS), |text| text.parse::<usize>());
+        let most = most.ok().filter(|most| (1..=MOST_ROWS).contains(most));
+        let most = most.ok_or_else(|| ApiError::bad_request(format!("most: a number from 1 to {MOST_ROWS}")))?;
+        Ok(Self { after: query.get("after").filter(|after| !after.is_empty()).cloned(), most })
+    }
+}
 
 /// The broker's records.
 pub(crate) struct Store {

@@ -11,7 +11,7 @@
 use nacre_core::{ResourcePath, SecretBytes};
 use serde::{Deserialize, Serialize};
 
-use super::{AuditEntry, MOST_ROWS, Store};
+use super::{AuditEntry, Page, Store};
 use crate::{BrokerError, admin::now, storage::Table};
 
 /// What a secret is for. Its kind decides which values are taken, and release policies see it.
@@ -206,10 +206,10 @@ impl Store {
         })
     }
 
-    /// All resources whose paths begin so, without their values.
-    pub(crate) fn resources(&self, prefix: &str) -> Result<Vec<Resource>, BrokerError> {
+    /// Resources whose paths begin so, without their values.
+    pub(crate) fn resources(&self, prefix: &str, page: &Page) -> Result<Vec<Resource>, BrokerError> {
         self.view(|records| {
-            let rows = records.list(Table::Resources, prefix, None, MOST_ROWS)?;
+            let rows = records.list(Table::Resources, prefix, page.after.as_deref().map(str::as_bytes), page.most)?;
             rows.into_iter()
                 .map(|(path, bytes)| {
                     let resource: Resource = super::from_json(Table::Resources, path.as_bytes(), bytes.expose())?;

@@ -18,7 +18,7 @@ use nacre_attest::ear::Ear;
 use nacre_core::{SecretArray, jose::b64};
 use serde::{Deserialize, Serialize};
 
-use super::{AuditEntry, Records, Store, audit};
+use super::{AuditEntry, Records, Store, audit, guests::Kept};
 use crate::{
     ApiError, BrokerError,
     storage::{Lane, Table},
@@ -142,15 +142,16 @@ impl Sessions {
         })
     }
 
-    /// Keeps the result of a session whose evidence held, and logs it.
-    pub(crate) fn attested(&self, id: &str, ear: Arc<Ear>, entry: AuditEntry) -> Result<(), ApiError> {
+    /// Keeps the result of a session whose evidence held, logs it, and keeps what was found for people.
+    pub(crate) fn attested(&self, id: &str, ear: Arc<Ear>, entry: AuditEntry, guest: Kept) -> Result<(), ApiError> {
         let key = self.key(id)?;
         Ok(self.store.update(Lane::Log, move |records| {
             if let Some(mut session) = records.get_json::<Session>(Table::Sessions, &key)? {
                 session.state = State::Attested(ear.clone());
                 records.put_json(Table::Sessions, &key, &session)?;
             }
-            audit::append(records.tx, entry.clone())
+            let number = audit::append(records.tx, entry.clone())?;
+            guest.put(records, number)
         })?)
     }
 

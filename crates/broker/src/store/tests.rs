@@ -70,7 +70,7 @@ fn versions_come_and_the_oldest_go() {
     assert!(store.delete_resource(&path, AuditEntry::default()).unwrap());
     assert!(!store.delete_resource(&path, AuditEntry::default()).unwrap());
     assert_eq!(value(&store, &path, Some(2)), None);
-    assert_eq!(store.resources("").unwrap(), []);
+    assert_eq!(store.resources("", &Page::ALL).unwrap(), []);
 }
 
 #[test]
@@ -179,4 +179,78 @@ fn nonces_work_once_and_the_oldest_session_goes() {
     let ended = sessions::Sessions::new(store, std::time::Duration::ZERO, 10);
     let opened = ended.open("sim").unwrap();
     assert_eq!(ended.spend(&opened.id).unwrap_err().status, 401);
+}
+
+/// A record of a guest that was refused, for so many bytes of reasons.
+fn refused(reason: &str, most: usize) -> guests::Kept {
+    let error = ApiError::new(401, "EvidenceVerification", reason);
+    guests::GuestRecord {
+        time: 1,
+        tee: "sim".into(),
+        guest: String::new(),
+        measurement: String::new(),
+        simulated: true,
+        outcome: guests::Outcome::Refused(crate::chain::Refused::from(error).refusal),
+    }
+    .kept(most)
+    .unwrap()
+}
+
+#[test]
+fn records_of_guests_are_bounded_sealed_and_leave_in_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(Embedded::create(&dir.path().join("x.redb")).unwrap(), master()).unwrap();
+    let keep = |most| store.audit_refusal(AuditEntry::default(), Some(refused("reason-of-a-refusal", most))).unwrap();
+    let numbers = |store: &Store| {
+        let found = store.guests(guests::GuestList::Refused, None, 100).unwrap();
+        found.iter().map(|(id, audit, _)| (id.number, *audit)).collect::<Vec<_>>()
+    };
+    for _ in 0..5 {
+        keep(3);
+    }
+    // The newest first, each with its audit entry.
+    assert_eq!(numbers(&store), [(4, 5), (3, 4), (2, 3)]);
+    let before = |before, most| store.guests(guests::GuestList::Refused, Some(before), most).unwrap().len();
+    assert_eq!((before(4, 1), before(3, 10), before(2, 10), before(u64::MAX, 10)), (1, 1, 0, 3));
+    // A limit that was lowered holds from the next record on, and 0 keeps none.
+    keep(1);
+    assert_eq!(numbers(&store), [(5, 6)]);
+    keep(0);
+    assert_eq!(numbers(&store), []);
+    keep(10);
+    assert_eq!(numbers(&store), [(6, 8)]);
+    assert!(store.guests(guests::GuestList::Attested, None, 100).unwrap().is_empty());
+    // They are sealed, with the new data key too.
+    let raw = || store.database.view(|tx| Ok(tx.list(Table::Guests, "", None, 10)?)).unwrap();
+    let is_plain =
+        |rows: &[(Vec<u8>, Vec<u8>)]| rows.iter().any(|(_, value)| value.windows(10).any(|part| part == b"reason-of-"));
+    let old = raw();
+    assert!(old.len() == 1 && !is_plain(&old));
+    store.new_data_key(AuditEntry::default()).unwrap();
+    assert_ne!(raw(), old);
+    assert_eq!(numbers(&store), [(6, 8)]);
+    // One that is put in another's place is none.
+    let (_, sealed) = raw().remove(0);
+    store
+        .database
+        .update(Lane::Log, move |tx| {
+            tx.put(Table::Guests, "r00000000000000000007", sealed.clone());
+            tx.put(Table::Meta, "guests", r#"{"attested":{"first":0,"next":0},"refused":{"first":7,"next":8}}"#);
+            Ok(())
+        })
+        .unwrap();
+    assert!(matches!(store.guests(guests::GuestList::Refused, None, 10), Err(BrokerError::Sealed(_))));
+}
+
+#[test]
+fn a_flood_of_refusals_keeps_as_few_guests_as_it_logs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(Embedded::create(&dir.path().join("x.redb")).unwrap(), master()).unwrap();
+    for _ in 0..200 {
+        store.audit_refusal(AuditEntry::default(), Some(refused(&"long ".repeat(100_000), 1000))).unwrap();
+    }
+    let kept = store.guests(guests::GuestList::Refused, None, 1000).unwrap();
+    assert_eq!(kept.len(), 120);
+    let rows = store.database.view(|tx| Ok(tx.list(Table::Guests, "", None, 1000)?)).unwrap();
+    assert!(rows.iter().all(|(_, value)| value.len() < 4096));
 }

@@ -177,7 +177,7 @@ impl Store {
             touch(records.tx)?;
             let mut entry = entry.clone();
             entry.subject = next.0.trim_start_matches("token/").to_owned();
-            audit::append(records.tx, entry)
+            audit::append(records.tx, entry).map(drop)
         })?;
         Ok(public)
     }

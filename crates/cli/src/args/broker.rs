@@ -87,6 +87,9 @@ pub(crate) enum BrokerCommand {
     /// Leases: who holds which secret, and until when
     #[command(subcommand)]
     Lease(LeaseCommand),
+    /// Guests that attested or were refused, and the chain of trust of one
+    #[command(subcommand)]
+    Guest(BrokerGuestCommand),
     /// Anchors: how far volumes have come that must not be turned back
     #[command(subcommand)]
     Anchor(AnchorCommand),
@@ -101,8 +104,11 @@ pub(crate) enum BrokerCommand {
     /// What vendors of TEEs publish and verifiers need: certificates, revocation lists, TCB info
     #[command(subcommand)]
     Collateral(CollateralCommand),
-    /// Print a token for an administrator's own HTTP calls, good for ten minutes
+    /// Print a token for an administrator's own HTTP calls, and to sign in to the console
     Token {
+        /// For how long it is good, an hour at most
+        #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=3600))]
+        seconds: u32,
         #[command(flatten)]
         at: BrokerAt,
     },
@@ -158,6 +164,37 @@ pub(crate) enum LeaseCommand {
         /// All leases of guests with a measurement
         #[arg(long, value_name = "HEX", conflicts_with = "lease")]
         measurement: Option<String>,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BrokerGuestCommand {
+    /// List guests, the newest first
+    Ls {
+        /// Those that were refused to attest [default: those that attested]
+        #[arg(long)]
+        refused: bool,
+        /// Only those before this one, by its name, as `ls` prints it
+        #[arg(long, value_name = "GUEST")]
+        before: Option<String>,
+        /// So many at most
+        #[arg(long, value_name = "NUMBER", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=200))]
+        most: u32,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Show the chain of trust of one guest, stage by stage, with what was expected and what was found
+    Show {
+        /// Its name, as `ls` prints it
+        guest: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         at: BrokerAt,
     },

@@ -118,6 +118,11 @@ fn administer(place: &Place, url: Option<&str>) {
     fs::remove_file(place.at("tina.key")).unwrap();
     assert_eq!(text(&mut admin(place, url, &["lease", "ls", "--json"])).trim(), "[]");
     assert_eq!(text(&mut admin(place, url, &["anchor", "ls", "--json"])).trim(), "[]");
+    for list in [&["guest", "ls", "--json"][..], &["guest", "ls", "--refused", "--json"]] {
+        assert_eq!(text(&mut admin(place, url, list)).trim(), "[]");
+    }
+    assert_eq!(admin(place, url, &["guest", "show", "a0"]).output().unwrap().status.code(), Some(4));
+    assert_eq!(admin(place, url, &["guest", "ls", "--before", "r0"]).output().unwrap().status.code(), Some(2));
     for missing in [&["lease", "revoke", "no-such"][..], &["anchor", "rm", "no/such"], &["admin", "rm", "nobody"]] {
         assert_eq!(admin(place, url, missing).output().unwrap().status.code(), Some(4), "{missing:?}");
     }
@@ -143,6 +148,8 @@ fn administer(place: &Place, url: Option<&str>) {
     assert_eq!(text(&mut admin(place, url, &["audit", "--json", "--after", &last])).trim(), "[]");
     assert!(text(&mut admin(place, url, &["audit"])).starts_with("NUMBER"));
     assert_eq!(text(&mut admin(place, url, &["token"])).trim().split('.').count(), 3);
+    assert_eq!(text(&mut admin(place, url, &["token", "--seconds", "3600"])).trim().split('.').count(), 3);
+    assert_eq!(admin(place, url, &["token", "--seconds", "3601"]).output().unwrap().status.code(), Some(2));
 }
 
 #[test]
@@ -395,6 +402,26 @@ fn a_key_is_released_to_the_guest_that_is_expected_and_to_no_other() {
     for part in ["attested (simulated)", "released (simulated)", "release refused (simulated)", Scene::KEY] {
         assert!(audit.contains(part), "'{part}' is not in: {audit}");
     }
+
+    // The same, guest by guest: the newest is the one with other init data.
+    let guests: Value = serde_json::from_str(&text(&mut scene.admin_command(&["guest", "ls", "--json"]))).unwrap();
+    let names: Vec<&str> = guests[0].as_object().unwrap().keys().map(String::as_str).collect();
+    let members = ["id", "time", "tee", "guest", "measurement", "simulated", "verdict", "claims", "policy", "tenants"];
+    assert!(members.iter().all(|name| names.contains(name)) && names.len() == members.len(), "{names:?}");
+    assert_eq!((guests[0]["verdict"].as_str(), guests[0]["tee"].as_str()), (Some("warning"), Some("sim")));
+    let id = guests[0]["id"].as_str().unwrap();
+    let chain: Value = serde_json::from_str(&text(&mut scene.admin_command(&["guest", "show", id, "--json"]))).unwrap();
+    let stages: Vec<_> =
+        chain["chain"].as_array().unwrap().iter().map(|stage| (&stage["id"], &stage["verdict"])).collect();
+    assert_eq!(
+        (stages.len(), stages[2], stages[3]),
+        (8, (&json!("firmware"), &json!("passed")), (&json!("configuration"), &json!("failed")))
+    );
+    let shown = text(&mut scene.admin_command(&["guest", "show", id]));
+    for part in ["4. Init data and policy: failed", &format!("expected: {digest}"), "found:    ", "release refused"] {
+        assert!(shown.contains(part), "'{part}' is not in: {shown}");
+    }
+    assert!(text(&mut scene.admin_command(&["guest", "ls"])).contains("executables=3"));
 
     // A broker that cannot be reached is another matter than one that refuses.
     let mut command = scene.pull();

@@ -2,6 +2,7 @@
 
 mod admins;
 mod audit;
+mod guests;
 mod master;
 mod policy_test;
 mod reference;
@@ -35,8 +36,6 @@ use crate::{
     output,
 };
 
-/// Seconds for which a printed token is good.
-const TOKEN_SECONDS: u32 = 600;
 /// The most bytes of a secret or a policy file.
 const FILE_LIMIT: u64 = 4 << 20;
 
@@ -84,14 +83,15 @@ pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
         }
         BrokerCommand::Collateral(CollateralCommand::Import { files, dir }) => verify::import_collateral(dir, files),
         BrokerCommand::Collateral(CollateralCommand::Ls { json, dir }) => verify::list_collateral(dir, *json),
-        BrokerCommand::Token { at } => {
-            Ok(output::line(admin_token(&at.admin_key()?, &at.token_key()?, &subject(), TOKEN_SECONDS)?)?)
+        BrokerCommand::Token { seconds, at } => {
+            Ok(output::line(admin_token(&at.admin_key()?, &at.token_key()?, &subject(), *seconds)?)?)
         }
         BrokerCommand::Audit { command: None, json, after, at } => audit::show(*json, *after, at),
         BrokerCommand::Audit { command: Some(AuditCommand::Verify { head, json, at }), .. } => {
             audit::verify(head.as_deref(), *json, at)
         }
         BrokerCommand::Lease(command) => tenure::lease(command),
+        BrokerCommand::Guest(command) => guests::guest(command),
         BrokerCommand::Anchor(command) => tenure::anchor(command),
         BrokerCommand::Admin(command) => admins::admin(command),
         BrokerCommand::RotateTokenKey { at } => {
