@@ -60,6 +60,8 @@ pub struct Settings {
     pub most_calls: usize,
     /// Guests of which it is kept what was found, of those that attested and of those that were refused each; the oldest goes when there are more.
     pub most_guests: usize,
+    /// Whether the console is served, at `/console/`.
+    pub console: bool,
     /// Versions of a resource that are kept, the current one among them.
     pub resource_versions: usize,
     /// Where the master key is: `file:PATH`, `pkcs11:…`, `tpm:…`. Paths are relative to the directory.
@@ -87,6 +89,7 @@ impl Default for Settings {
             calls_per_second: 200,
             most_calls: 64,
             most_guests: 10_000,
+            console: true,
             resource_versions: 3,
             master_key: format!("file:{MASTER}"),
             database: None,

@@ -1,7 +1,7 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`DockerRegistry`], [`MotoServer`], [`Postgres`], [`Swtpm`], [`Tls`]: programs that are not ours.
+//! - [`Browser`], [`DockerRegistry`], [`MotoServer`], [`Postgres`], [`Swtpm`], [`Tls`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
@@ -14,6 +14,7 @@
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "what fails here fails the test, at once and at its place")]
 
+mod browser;
 mod disk;
 pub mod harness;
 mod image;
@@ -30,6 +31,7 @@ mod swtpm;
 mod tar;
 pub mod tree;
 
+pub use browser::{Browser, Element, Key};
 pub use disk::SmallDisk;
 pub use image::{BuiltLayer, Compression, Image, ImageBuilder};
 pub use nacre_registry as registry;

@@ -24,11 +24,13 @@
 //! GET  /kbs/v0/guests?list=L&before=ID, /guests/{id}       admin: what was found of guests
 //! GET  /kbs/v0/whoami                              admin: which role the token has
 //! GET  /healthz, /metrics
+//! GET  /console/…                                  the page for people
 //! ```
 //!
 //! Every call is synchronous underneath and runs on a blocking thread; how many do at once is bounded.
 
 mod admin;
+mod console;
 mod guest;
 mod look;
 
@@ -129,8 +131,13 @@ pub(crate) fn router(broker: Arc<Broker>, secure: bool) -> Router {
         .route("/guests/{id}", get(look::guest))
         .route("/whoami", get(look::whoami))
         .layer(from_fn_with_state(app.clone(), bound));
+    let console = match app.broker.settings().console {
+        true => console::routes().layer(from_fn_with_state(app.clone(), bound)),
+        false => Router::new(),
+    };
     Router::new()
         .nest("/kbs/v0", v0)
+        .merge(console)
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
         .fallback(|| async { ApiError::new(404, "InvalidRequestPath", "there is nothing at this path") })
@@ -155,7 +162,10 @@ async fn metrics(State(app): State<App>) -> Reply {
 /// The route of a path, for counters: one of a few names, whatever was asked for.
 fn route(path: &str) -> &'static str {
     let first = path.trim_start_matches("/kbs/v0").split('/').nth(1).unwrap_or_default();
-    ["auth", "attest", "resource", "lease", "anchor", "jwks"].into_iter().find(|name| *name == first).unwrap_or("admin")
+    ["auth", "attest", "resource", "lease", "anchor", "jwks", "console"]
+        .into_iter()
+        .find(|name| *name == first)
+        .unwrap_or("admin")
 }
 
 /// Bounds how many calls there are, how many come from one address, and how long one takes; counts them.

@@ -15,7 +15,9 @@ use nacre_attest::{
     },
     sim::SimAttester,
 };
-use nacre_broker::{AdminClient, Broker, Handle, InitOptions, Settings, Transport, serve};
+use nacre_broker::{
+    AdminClient, Administrator, Broker, Handle, InitOptions, Role, Settings, Transport, admin_token, serve,
+};
 use nacre_core::{
     Algorithm, ResourcePath,
     jose::{Jwk, PrivateKey},
@@ -193,4 +195,17 @@ pub(crate) fn policy(body: &str) -> String {
 
 pub(crate) fn trust(executables: i64) -> String {
     policy(&format!("trust_claims := {}", json!({"executables": executables, "hardware": 2, "configuration": 2})))
+}
+
+/// A token of somebody with a role.
+pub(crate) fn token_of(rig: &Rig, name: &str, role: Role, repository: Option<&str>) -> String {
+    let key = PrivateKey::generate_p256();
+    let admin = Administrator {
+        name: name.into(),
+        role,
+        repository: repository.map(str::to_owned),
+        key: key.public().to_pem().unwrap(),
+    };
+    rig.broker.set_admin(&admin).unwrap();
+    admin_token(&key, &rig.broker.token_key(), name, 600).unwrap()
 }
