@@ -10,11 +10,11 @@ use std::{
 };
 
 use common::{Rig, SECRET, path, policy, refusal, refused};
-use nacre_attest::client::{Agent, BrokerAnchor, BrokerClient, Call, ClientError, Credential};
+use nacre_attest::client::{Agent, BrokerAnchor, BrokerClient, Call, ClientError, Credential, Tenancy};
 use nacre_broker::{
     AdminClient, Administrator, PutOptions, ResourceKind, ResourceScope, Revocation, Role, Settings, Transport,
 };
-use nacre_core::{Anchor as _, AnchorError, AnchorState, jose::PrivateKey};
+use nacre_core::{Anchor as _, AnchorError, AnchorState, KeySource as _, jose::PrivateKey};
 
 fn lent(seconds: u32) -> PutOptions {
     PutOptions { lease_seconds: Some(seconds), ..PutOptions::default() }
@@ -136,6 +136,76 @@ fn a_lease_ends_when_no_broker_answers() {
     rig.handle.shutdown();
     tells.recv_timeout(Duration::from_secs(6)).unwrap();
     assert!(since.elapsed() < Duration::from_secs(6), "{:?}", since.elapsed());
+}
+
+/// Leases that hold, by the broker's own clock.
+fn held(rig: &Rig) -> usize {
+    let now = time::OffsetDateTime::now_utc().unix_timestamp();
+    rig.broker.leases("").unwrap().iter().filter(|lease| lease.ends > now && lease.revoked.is_none()).count()
+}
+
+fn until(what: &str, reached: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !reached() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_a_part_of_a_guest_was_lent_is_its_own_for_as_long_as_it_needs_it() {
+    let settings = Settings { allow_simulated: true, ..Settings::default() };
+    let rig = Rig::with(settings, Transport::Tls);
+    rig.broker.put_resource_with(&path("a/key/1"), SECRET, lent(5)).unwrap();
+    rig.broker.put_resource(&path("a/key/2"), SECRET).unwrap();
+    let tenancy = Tenancy::new(Arc::new(rig.client()));
+    let uri = |name: &str| nacre_core::ResourceUri::from_path(path(name));
+    // Used and forgotten: given back when the last use is over.
+    tenancy.spend(|| {
+        tenancy.spend(|| tenancy.fetch(&uri("a/key/1")).unwrap());
+        assert_eq!(held(&rig), 1);
+    });
+    until("it is given back", || held(&rig) == 0);
+    let (_, none) = tenancy.lend(|| tenancy.fetch(&uri("a/key/2")).unwrap());
+    assert!(none.is_none(), "what is given for good is not lent");
+    // Kept: renewed while the tenure, or who it was given to, is there.
+    let (_, tenure) = tenancy.lend(|| tenancy.fetch(&uri("a/key/1")).unwrap());
+    let tenure = tenure.unwrap();
+    let used = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let (told, tells) = mpsc::channel();
+    let (is_used, told_of_it) = (used.clone(), told.clone());
+    let load = move || is_used.load(std::sync::atomic::Ordering::SeqCst);
+    tenure.give_to(load, move |why| told_of_it.send(why.to_owned()).unwrap());
+    drop(tenure);
+    assert!(tells.recv_timeout(Duration::from_secs(7)).is_err());
+    assert_eq!(held(&rig), 1);
+    used.store(false, std::sync::atomic::Ordering::SeqCst);
+    until("it is given back", || held(&rig) == 0);
+    assert!(tells.try_recv().is_err(), "nobody is told of what was given back");
+    // Revoked: everybody is told, also who comes later.
+    let (_, tenure) = tenancy.lend(|| tenancy.fetch(&uri("a/key/1")).unwrap());
+    let tenure = tenure.unwrap();
+    assert_eq!(tenure.ended(), None);
+    let told_of_it = told.clone();
+    tenure.give_to(|| true, move |why| told_of_it.send(why.to_owned()).unwrap());
+    rig.broker.revoke(&Revocation::Resource("a/key/1".into())).unwrap();
+    assert!(tells.recv_timeout(Duration::from_secs(5)).unwrap().contains("revoked"));
+    assert!(tenure.ended().unwrap().contains("revoked"));
+    tenure.give_to(|| true, move |why| told.send(why.to_owned()).unwrap());
+    assert!(tells.try_recv().unwrap().contains("revoked"));
+}
+
+#[test]
+fn a_guest_attests_anew_on_a_schedule() {
+    let rig = Rig::new();
+    let attested = || rig.broker.audit(0, 1000).unwrap().iter().filter(|entry| entry.event == "attested").count();
+    let agent = Agent::start(Arc::new(rig.client())).unwrap();
+    agent.attest_every(Duration::from_millis(300));
+    until("three times", || attested() >= 3);
+    drop(agent);
+    let now = attested();
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(attested(), now);
 }
 
 fn state(fence: u64, sequence: u64) -> AnchorState {

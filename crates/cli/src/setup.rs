@@ -175,6 +175,7 @@ impl Setup {
             tpm_ak: old.as_ref().and_then(|old| old.tpm_ak.clone()),
             events: old.as_ref().and_then(|old| old.events.clone()),
             init_data: init_data.or_else(|| old.as_ref()?.init_data.clone()),
+            reattest: old.as_ref().map_or(0, |old| old.reattest),
             measured: None,
         });
         Ok(())

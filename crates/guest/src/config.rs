@@ -137,6 +137,9 @@ pub struct BrokerConfig {
     pub events: Option<PathBuf>,
     /// The guest's init data, a file, which the evidence binds.
     pub init_data: Option<PathBuf>,
+    /// A guest that runs on attests anew after so many seconds each time; 0: when it needs to.
+    #[serde(default)]
+    pub reattest: u64,
     /// The same as they were when the configuration was taken from them. The file is not read again: what the evidence binds has to be
     /// what the guest works by, whatever the file says meanwhile.
     #[serde(skip)]
@@ -156,6 +159,7 @@ impl BrokerConfig {
             tpm_ak: None,
             events: None,
             init_data: None,
+            reattest: 0,
             measured: None,
         }
     }

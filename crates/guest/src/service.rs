@@ -3,13 +3,16 @@
 mod attester;
 mod lazy;
 
+pub use lazy::Granted;
+
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use nacre_attest::{
-    client::{BrokerClient, BrokerConfig as ClientBroker, ClientError},
+    client::{BrokerClient, BrokerConfig as ClientBroker, ClientError, Tenancy},
     eventlog::{
         runtime::{RuntimeLog, RuntimeLogError},
         story::Happening,
@@ -126,6 +129,10 @@ pub struct ImageService {
     mounter: Arc<dyn Mounter>,
     clients: Arc<Clients>,
     broker: Option<Arc<BrokerClient>>,
+    /// What it lends.
+    tenancy: Option<Arc<Tenancy>>,
+    /// How often it is attested to anew, in seconds.
+    reattest: u64,
     /// Where what is about to be done is measured.
     events: Option<Arc<RuntimeLog>>,
     keys: Arc<dyn KeySource>,
@@ -154,7 +161,12 @@ impl ImageService {
         let events = broker.as_ref().and_then(|broker| broker.runtime_log().cloned());
         let (policy, text) = policy(config, init_data.as_ref(), &*keys)?;
         let trust = Trust { policy, rules: config.trust.admission, lookaside, keys: keys.clone(), clock };
-        let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(keys.clone());
+        let tenancy = broker.clone().map(Tenancy::new).map(Arc::new);
+        let lending: Arc<dyn KeySource> = match &tenancy {
+            Some(tenancy) => tenancy.clone(),
+            None => keys.clone(),
+        };
+        let keyring = Keyring::from_args(&config.decryption_keys)?.with_broker(lending);
         let (credentials, released) = match config.registries.credentials.as_deref() {
             Some(uri) if uri.starts_with("kbs") => {
                 let released = keys.fetch(&uri.parse()?)?;
@@ -173,7 +185,22 @@ impl ImageService {
         let own = Arc::new(own);
         let images =
             Images::new(store, trust, keyring, options, progress).with_events(events.clone(), Digest::sha256(&text));
-        Ok(Self { images, events, client, connection, released, mounter: own.clone(), own, clients, broker, keys })
+        let (images, mounter) = (images.with_tenancy(tenancy.clone()), own.clone());
+        let reattest = config.broker.as_ref().map_or(0, |broker| broker.reattest);
+        Ok(Self {
+            images,
+            events,
+            client,
+            connection,
+            released,
+            mounter,
+            own,
+            clients,
+            broker,
+            tenancy,
+            reattest,
+            keys,
+        })
     }
 
     /// Has somebody else mount lazy images; without one, this process does, and its mounts end with it.
@@ -190,6 +217,17 @@ impl ImageService {
     /// [`ServiceError::Pull`].
     pub fn measure_policy(&self) -> Result<(), ServiceError> {
         Ok(self.images.measure_policy()?)
+    }
+
+    /// Attests to the broker anew as often as the configuration says, for as long as this is there: for programs that run on.
+    ///
+    /// # Errors
+    /// [`ServiceError::Config`], where threads cannot be started.
+    pub fn attest_on_schedule(&self) -> Result<(), ServiceError> {
+        let (Some(tenancy), 1..) = (&self.tenancy, self.reattest) else { return Ok(()) };
+        let no_thread = |error| ServiceError::Config(format!("the thread that attests anew: {error}"));
+        tenancy.agent().map_err(no_thread)?.attest_every(Duration::from_secs(self.reattest));
+        Ok(())
     }
 
     /// Pulling, and the store.

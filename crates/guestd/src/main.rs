@@ -112,6 +112,7 @@ fn serve(args: &Args) -> anyhow::Result<()> {
         let (options, front) = (service.lazy_options().clone(), service.lazy_front());
         service = service.with_mounter(Arc::new(ByDaemon { program: program(args), options, front, bound: false }));
     }
+    service.attest_on_schedule()?;
     let service = Arc::new(service);
     if service.broker().is_some_and(|broker| broker.simulated()) {
         tracing::warn!("the TEE is simulated: it measures and signs, but protects nothing");

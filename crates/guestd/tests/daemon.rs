@@ -13,7 +13,7 @@ use std::{
 };
 
 use nacre_attest::{initdata::InitData, sim};
-use nacre_broker::{Broker, Handle, InitOptions, Settings, Transport, serve};
+use nacre_broker::{Broker, Handle, InitOptions, PutOptions, Revocation, Settings, Transport, serve};
 use nacre_core::{
     Algorithm, Digest, KeySource, KeySourceError, NoProgress, ResourceUri, SecretArray, SecretBytes, SystemClock,
     jose::PrivateKey,
@@ -50,6 +50,8 @@ struct Scene {
     _handle: Handle,
     image: Image,
     client: Client,
+    /// That of the lazy image, when it was shipped.
+    lazy_key: std::sync::OnceLock<SecretArray<32>>,
 }
 
 struct Daemon {
@@ -103,7 +105,15 @@ impl Scene {
         let config = ClientConfig { insecure_registries: vec![registry.host()], ..ClientConfig::default() };
         let client =
             Client::new(config, RegistriesConf::empty(), CredentialStore::anonymous(), Arc::new(NoProgress)).unwrap();
-        let scene = Self { image: image(dir.path()), dir, registry, broker, client, _handle: handle };
+        let scene = Self {
+            image: image(dir.path()),
+            dir,
+            registry,
+            broker,
+            client,
+            lazy_key: std::sync::OnceLock::new(),
+            _handle: handle,
+        };
         scene.ship();
         scene.measure(&scene._handle.url());
         scene
@@ -138,6 +148,8 @@ impl Scene {
         let key = SecretArray::<32>::random();
         let uri: ResourceUri = LAZY_KEY.parse().unwrap();
         self.broker.put_resource(uri.path(), key.expose()).unwrap();
+        let copy = SecretArray::fill(|slot| slot.copy_from_slice(key.expose()));
+        let _ = self.lazy_key.set(copy);
         let mut recipients = Recipients::new();
         recipients.add_broker_key(uri, key);
         let from = Location::OciDir { path: self.at("layout"), name: Some("v1".into()) };
@@ -309,6 +321,57 @@ fn lazy_images_of_bundles_outlive_the_daemon() {
     while !scene.lazy_daemons("keep").is_empty() {
         assert!(Instant::now() < deadline, "the keeper does not end");
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The key of a lazy image is lent: the bundle is read for as long as the guest renews the lease.
+#[test]
+fn a_lazy_image_is_taken_away_when_the_lease_of_its_key_ends() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    let name = format!("{}/t/lazy:1", scene.registry.host());
+    scene.ship_lazy(&name);
+    let uri: ResourceUri = LAZY_KEY.parse().unwrap();
+    let key = scene.broker.put_resource_with(
+        uri.path(),
+        scene.lazy_key.get().unwrap().expose(),
+        PutOptions { lease_seconds: Some(5), ..PutOptions::default() },
+    );
+    key.unwrap();
+    let bundle = scene.at("bundle");
+    let path = bundle.display().to_string();
+    let pull = |daemon: &Daemon| daemon.call("api.ImagePullService/PullImage", &[name.as_bytes(), path.as_bytes()]);
+    let read = || {
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        fs::read_to_string(bundle.join("rootfs/message"))
+    };
+    let gone = |since: Instant| {
+        while read().is_ok() {
+            assert!(since.elapsed() < Duration::from_secs(6), "the image is still read");
+            thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let unmount = || {
+        let store = Store::open(&scene.at("store"), Marks::Trusted, true).unwrap();
+        nacre_guest::service::ImageService::unmount_bundle(&store, &bundle).unwrap();
+    };
+    let daemon = scene.start();
+    pull(&daemon).unwrap();
+    thread::sleep(Duration::from_secs(7));
+    assert_eq!(read().unwrap(), MESSAGE, "the lease is renewed");
+    scene.broker.revoke(&Revocation::Resource(uri.path().to_string())).unwrap();
+    gone(Instant::now());
+    unmount();
+    // It can be had again, for a guest that is still trusted; a guest that is killed renews nothing.
+    pull(&daemon).unwrap();
+    assert_eq!(read().unwrap(), MESSAGE);
+    drop(daemon);
+    gone(Instant::now());
+    unmount();
+    for keeper in scene.lazy_daemons("keep") {
+        run(Command::new("kill").arg(keeper.to_string()));
     }
 }
 

@@ -77,6 +77,9 @@ pub enum ReadError {
     /// The file that a long span is decoded into.
     #[error("the file that a layer is decoded into: {0}")]
     Spool(String),
+    /// Its key was lent, and has to be given up.
+    #[error("the image's key was lent and is given up: {0}")]
+    GivenUp(String),
     /// There is no memory.
     #[error("no memory to decompress: {0}")]
     Memory(String),

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Has the daemon mount an image that this process admitted; the daemon is started where none runs. A mount that is `bound` ends with this
-/// process.
+/// process, as one does whose keys were lent to it.
 ///
 /// # Errors
 /// What the daemon says, as [`Problem::Refused`], or why it cannot be asked.
@@ -24,7 +24,10 @@ pub fn ask_to_mount(
 ) -> anyhow::Result<Mounted> {
     grant.settle(|name| std::env::var(name).ok()).context("how the registry is spoken to")?;
     let grant = grant.to_file()?;
-    let own = bound.then(|| pidfd_open(getpid(), PidfdFlags::empty())).transpose().context("this process")?;
+    let own = (bound || request.lent)
+        .then(|| pidfd_open(getpid(), PidfdFlags::empty()))
+        .transpose()
+        .context("this process")?;
     let files: Vec<_> = std::iter::once(grant.as_fd()).chain(own.iter().map(|own| own.as_fd())).collect();
     let daemon = Station::here(&request.options.directory)?.started(program)?;
     Ok(serde_json::from_value(daemon.ask(&Request::Mount(request), &files)?)?)
@@ -44,7 +47,7 @@ pub struct ByDaemon {
 }
 
 impl Mounter for ByDaemon {
-    fn mount(&self, grant: Grant, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn mount(&self, grant: Grant, target: &Path, lent: bool) -> Result<(), Box<dyn Error + Send + Sync>> {
         let mounting = || {
             let seen = fs::metadata(target)?;
             let request = MountRequest {
@@ -53,6 +56,7 @@ impl Mounter for ByDaemon {
                 front: self.front,
                 options: self.options.clone(),
                 complete: false,
+                lent,
             };
             ask_to_mount(&self.program, grant, request, self.bound)
         };
@@ -62,5 +66,17 @@ impl Mounter for ByDaemon {
             exit: (self.program.exit)(&error),
         };
         mounting().map(drop).map_err(|error| refused(error).into())
+    }
+
+    fn cut(&self, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let cutting = || {
+            let target = fs::canonicalize(target)?;
+            match Station::here(&self.options.directory)?.connected()? {
+                Some(daemon) => daemon.ask(&Request::Cut { target }, &[]).map(drop),
+                // Where none runs, nobody reads it.
+                None => Ok(()),
+            }
+        };
+        cutting().map_err(|error: anyhow::Error| format!("{error:#}").into())
     }
 }

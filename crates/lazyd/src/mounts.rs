@@ -40,6 +40,8 @@ struct Record {
     name: String,
     options: LazyOptions,
     complete: bool,
+    /// Its keys are its owner's only for a time.
+    lent: bool,
     since: String,
     kept: KeptRecord,
 }
@@ -113,7 +115,8 @@ impl Mounts {
         let since = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
         let config = serde_json::to_value(&image.config)?;
         let held = || -> anyhow::Result<File> { Ok(grant.to_file()?) };
-        let (options, complete) = (store.options().clone(), request.complete);
+        anyhow::ensure!(!request.lent || owner.is_some(), "keys that were lent, and no process that they were lent to");
+        let (options, complete, lent) = (store.options().clone(), request.complete, request.lent);
         let mut record = None;
         let mut keep = |kept: Kept| {
             let Kept { device, metadata, record: kept } = kept;
@@ -121,6 +124,7 @@ impl Mounts {
                 name: grant.reference.clone(),
                 options: options.clone(),
                 complete,
+                lent,
                 since: since.clone(),
                 kept,
             };
@@ -208,13 +212,27 @@ impl Mounts {
 
     /// Takes what is mounted there out of the tree.
     pub(crate) fn unmount(&self, target: &Path) -> anyhow::Result<()> {
-        let found = {
-            let entries = lock(&self.entries);
-            let mut here = entries.iter().filter(|(_, entry)| !entry.leaving && entry.mount.target() == target);
-            here.next().map(|(id, _)| *id)
-        };
+        self.take_away(self.at(target)?)
+    }
+
+    fn at(&self, target: &Path) -> anyhow::Result<u64> {
+        let entries = lock(&self.entries);
+        let mut here = entries.iter().filter(|(_, entry)| !entry.leaving && entry.mount.target() == target);
         let missing = || Problem::Missing(format!("{}: no lazy image is mounted there", target.display()));
-        self.take_away(found.ok_or_else(missing)?)
+        Ok(here.next().map(|(id, _)| *id).ok_or_else(missing)?)
+    }
+
+    /// The same, and serves it no more: its keys go, whoever has files of it open.
+    pub(crate) fn cut(&self, target: &Path) -> anyhow::Result<()> {
+        self.cut_one(self.at(target)?)
+    }
+
+    fn cut_one(&self, id: u64) -> anyhow::Result<()> {
+        let Some(mut entry) = lock(&self.entries).remove(&id) else { return Ok(()) };
+        let left = entry.leave();
+        tracing::warn!("{}: its keys are given up", entry.mount.target().display());
+        self.end(id, Some(entry));
+        left
     }
 
     pub(crate) fn unmount_one(&self, id: u64) {
@@ -252,11 +270,15 @@ impl Mounts {
 
     /// Sees what others took away, and what nobody uses any more.
     pub(crate) fn look(&self) {
-        let mut ended = Vec::new();
+        let (mut ended, mut lost) = (Vec::new(), Vec::new());
         {
             let mut entries = lock(&self.entries);
             for (id, entry) in entries.iter_mut() {
                 let orphaned = entry.owner.as_ref().is_some_and(has_ended);
+                if orphaned && entry.record.lent {
+                    lost.push(*id);
+                    continue;
+                }
                 if !entry.leaving
                     && (orphaned || !entry.mount.is_mounted())
                     && let Err(error) = entry.leave()
@@ -266,6 +288,11 @@ impl Mounts {
                 if entry.leaving && entry.mount.is_ended() {
                     ended.push(*id);
                 }
+            }
+        }
+        for id in lost {
+            if let Err(error) = self.cut_one(id) {
+                tracing::warn!("{error:#}");
             }
         }
         for id in ended {

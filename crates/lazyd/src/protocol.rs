@@ -53,6 +53,11 @@ pub enum Request {
         /// The mount point.
         target: PathBuf,
     },
+    /// Take what is mounted there out of the tree and forget its keys, whoever has files of it open.
+    Cut {
+        /// The mount point.
+        target: PathBuf,
+    },
     /// Fetch all of an image; answered when that is done.
     Complete {
         /// The mount point, or the image's name.
@@ -78,6 +83,8 @@ pub struct MountRequest {
     pub options: LazyOptions,
     /// Whether all of it is fetched meanwhile.
     pub complete: bool,
+    /// Whether its keys were lent to the process that comes along: when that ends, the image is [cut](Request::Cut).
+    pub lent: bool,
 }
 
 /// A mount that was made.
@@ -231,6 +238,7 @@ mod tests {
                 bandwidth: std::num::NonZeroU64::new(1_000_000),
             },
             complete: true,
+            lent: true,
         })
     }
 
@@ -243,6 +251,7 @@ mod tests {
             (mount(), 2),
             (Request::List, 0),
             (Request::Unmount { target: "/mnt".into() }, 0),
+            (Request::Cut { target: "/mnt".into() }, 0),
             (Request::Complete { what: "x".into() }, 0),
             (Request::Restart, 0),
         ] {

@@ -186,6 +186,7 @@ impl Daemon {
                 Err(error) => Err(error),
             },
             Request::Unmount { target } => self.mounts.unmount(&target).map(|()| Value::Null),
+            Request::Cut { target } => self.mounts.cut(&target).map(|()| Value::Null),
             Request::Complete { what } => self.mounts.complete(&what).map(|()| Value::Null),
             Request::List => self.mounts.list(),
             Request::Restart => {

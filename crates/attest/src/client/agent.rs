@@ -3,6 +3,7 @@
 //! Whoever holds what was lent gives a function that gives it up: unmounts, closes, zeroizes. It is called once, when the broker refuses to
 //! renew (the lease was revoked, the guest is not trusted any more), or when the lease runs out because no broker answers. That is at most the
 //! length of the lease after a revocation: a thread of its own watches the time, so that a network that answers nothing does not lengthen it.
+//! What nobody needs any more is given back when its renewal would be due. Beside that, the agent attests anew on a schedule, where there is one.
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -12,7 +13,7 @@ use std::{
 
 use nacre_core::ResourcePath;
 
-use super::{BrokerClient, ClientError, Lease, time::BootTime};
+use super::{Attested, BrokerClient, ClientError, Lease, time::BootTime};
 
 /// A renewal that failed by the network is tried again after this long at first.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -22,6 +23,9 @@ const MARGIN: Duration = Duration::from_secs(1);
 
 /// What is called when a lease has ended, with the reason.
 pub type LeaseEnd = Box<dyn FnOnce(&ClientError) + Send>;
+
+/// Says whether what was lent is still needed.
+pub type Needed = Box<dyn Fn() -> bool + Send>;
 
 /// Who is told when a lease ends.
 struct Watched {
@@ -43,6 +47,7 @@ struct Held {
     /// That of what is watched.
     number: u64,
     lease: Lease,
+    needed: Needed,
     /// After a failure: the pause before the next try.
     pause: Option<Duration>,
     /// When to renew next: how much of the lease is to be left by then.
@@ -53,8 +58,24 @@ struct Held {
 struct State {
     held: Vec<Held>,
     watched: Vec<Watched>,
+    schedule: Option<Schedule>,
     next: u64,
     stop: bool,
+}
+
+/// When to attest anew.
+struct Schedule {
+    every: Duration,
+    from: BootTime,
+    wait: Duration,
+    /// After a failure.
+    pause: Option<Duration>,
+}
+
+impl Schedule {
+    fn left(&self) -> Duration {
+        self.wait.saturating_sub(self.from.elapsed())
+    }
 }
 
 #[derive(Default)]
@@ -102,15 +123,36 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Attests anew so often from now on, so that a broker sees what has become of this guest, and a token is always at hand. A failure is
+    /// logged and tried again; tokens that are there hold until they end.
+    pub fn attest_every(&self, every: Duration) {
+        self.shared.state().schedule = Some(Schedule { every, from: BootTime::now(), wait: every, pause: None });
+        self.shared.changed.notify_all();
+    }
+
     /// Renews a lease from now on; `ended` is called when that ends.
     pub fn keep(&self, lease: Lease, ended: LeaseEnd) {
+        self.keep_while(lease, Box::new(|| true), ended);
+    }
+
+    /// Gives a lease back at once, which takes none of the caller's time.
+    pub fn release(&self, lease: Lease) {
+        self.hold(lease, Duration::MAX, Box::new(|| false), Box::new(|_| ()));
+    }
+
+    /// Renews a lease for as long as it is `needed`, and gives it back then; `ended` is called when it ends by itself.
+    pub fn keep_while(&self, lease: Lease, needed: Needed, ended: LeaseEnd) {
         let at = half(&lease);
+        self.hold(lease, at, needed, ended);
+    }
+
+    fn hold(&self, lease: Lease, at: Duration, needed: Needed, ended: LeaseEnd) {
         let mut state = self.shared.state();
         let number = state.next;
         state.next += 1;
         let (path, from, lasts) = (lease.path().clone(), BootTime::now(), lasts(&lease));
         state.watched.push(Watched { number, path, from, lasts, ended });
-        state.held.push(Held { number, lease, pause: None, at });
+        state.held.push(Held { number, lease, needed, pause: None, at });
         drop(state);
         self.shared.changed.notify_all();
     }
@@ -133,6 +175,23 @@ impl Drop for Agent {
 impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Agent").field("client", &self.client).finish_non_exhaustive()
+    }
+}
+
+impl Schedule {
+    fn attested(&mut self, result: Result<Arc<Attested>, ClientError>) {
+        self.from = BootTime::now();
+        match result {
+            Ok(_) => {
+                tracing::debug!("attested anew, as scheduled");
+                (self.wait, self.pause) = (self.every, None);
+            }
+            Err(error) => {
+                let pause = self.pause.map_or(FIRST_PAUSE, |pause| (pause * 2).min(LONGEST_PAUSE));
+                tracing::warn!(%error, "not attested anew, trying again");
+                (self.wait, self.pause) = (pause.min(self.every), Some(pause));
+            }
+        }
     }
 }
 
@@ -171,15 +230,34 @@ fn wait(held: &Held) -> Duration {
 fn run(client: &BrokerClient, shared: &Shared) {
     let mut state = shared.state();
     while !state.stop {
+        if state.schedule.as_ref().is_some_and(|schedule| schedule.left().is_zero()) {
+            drop(state);
+            let attested = client.attest_anew();
+            state = shared.state();
+            if let Some(schedule) = &mut state.schedule {
+                schedule.attested(attested);
+            }
+            continue;
+        }
         let due = state.held.iter().position(|held| wait(held).is_zero());
         let Some(number) = due else {
-            let next = state.held.iter().map(wait).min().unwrap_or(LONGEST_PAUSE);
+            let scheduled = state.schedule.iter().map(Schedule::left);
+            // A wait does not count the time that a guest is stopped.
+            let next = state.held.iter().map(wait).chain(scheduled).min().unwrap_or(LONGEST_PAUSE).min(LONGEST_PAUSE);
             state = shared.changed.wait_timeout(state, next).unwrap_or_else(PoisonError::into_inner).0;
             continue;
         };
         // Without the lock: whoever holds something else must not wait for the network.
         let mut held = state.held.swap_remove(number);
         drop(state);
+        if !(held.needed)() {
+            // Whoever is not told any more that it ended has it no more.
+            drop(shared.state().take(held.number));
+            tracing::debug!(path = %held.lease.path(), "lease given back");
+            let _ = client.give_up(&held.lease);
+            state = shared.state();
+            continue;
+        }
         match client.renew(&mut held.lease) {
             Ok(()) => {
                 tracing::debug!(path = %held.lease.path(), "lease renewed");

@@ -16,6 +16,7 @@
 //! | `succession` | from the token key that is pinned to the one that signs |
 //! | `lease` | resources that are lent, their renewal |
 //! | `agent` | renews leases on time, and says when one has ended |
+//! | `tenancy` | what a guest's parts were lent, for as long as they need it |
 //! | `anchor` | the broker as a place that a host cannot turn back |
 //!
 //! The TEE key is made anew for every attestation, lives in guest memory only, and is bound into the evidence with the nonce.
@@ -25,6 +26,7 @@ mod anchor;
 mod http;
 mod lease;
 mod succession;
+mod tenancy;
 mod time;
 
 use std::{
@@ -48,11 +50,12 @@ use crate::{
         MessageError, Request, RuntimeData, TokenReply, report_data,
     },
 };
-pub use agent::{Agent, LeaseEnd};
+pub use agent::{Agent, LeaseEnd, Needed};
 pub use anchor::BrokerAnchor;
 pub use http::{Call, Credential, Reply, Transport};
 pub use lease::{Borrowed, Lease};
 pub use succession::successor;
+pub use tenancy::{Tenancy, Tenure};
 use time::BootTime;
 
 /// Bytes of an encrypted resource at most.
@@ -310,6 +313,11 @@ impl BrokerClient {
         self.attest_unless(|attested| attested.is_fresh())
     }
 
+    /// A new attestation, whatever there is.
+    fn attest_anew(&self) -> Result<Arc<Attested>, ClientError> {
+        self.attest_unless(|_| false)
+    }
+
     fn attest_unless(&self, good: impl Fn(&Arc<Attested>) -> bool) -> Result<Arc<Attested>, ClientError> {
         let _one_at_a_time = self.attesting.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(attested) = self.state().attested.as_ref().filter(|attested| good(attested)) {
@@ -439,9 +447,7 @@ impl BrokerClient {
 
     fn get_with(&self, attested: &Arc<Attested>, path: &ResourcePath) -> Result<SecretBytes, ClientError> {
         let borrowed = self.borrow_with(attested, path, None)?;
-        if let Some(lease) = &borrowed.lease {
-            tracing::info!(%path, seconds = lease.seconds(), "the broker lends this resource; this use of it does not renew the lease");
-        }
+        note_lease(path, &borrowed);
         Ok(borrowed.secret)
     }
 }
@@ -487,8 +493,9 @@ pub fn accept(step: &'static str, reply: Reply) -> Result<Reply, ClientError> {
     Err(ClientError::Refused { step, status: reply.status, kind, detail })
 }
 
-impl KeySource for BrokerClient {
-    fn fetch(&self, uri: &ResourceUri) -> Result<SecretBytes, KeySourceError> {
+impl BrokerClient {
+    /// What a URI names, with its lease.
+    fn borrow_by_name(&self, uri: &ResourceUri) -> Result<Borrowed, KeySourceError> {
         let source_name = format!("the key broker {}", self.url());
         let failed = |error: ClientError| KeySourceError::Failed {
             uri: uri.clone(),
@@ -501,7 +508,7 @@ impl KeySource for BrokerClient {
         if uri.plugin().is_some_and(|plugin| plugin != "resource") || uri.query().is_some() {
             return Err(KeySourceError::NotFound { uri: uri.clone(), source_name });
         }
-        self.get(uri.path()).map_err(|error| match error {
+        self.borrow(uri.path(), None).map_err(|error| match error {
             ClientError::Refused { status: 404, step: "resource", .. } => {
                 KeySourceError::NotFound { uri: uri.clone(), source_name: source_name.clone() }
             }
@@ -510,6 +517,21 @@ impl KeySource for BrokerClient {
             }
             other => failed(other),
         })
+    }
+}
+
+impl KeySource for BrokerClient {
+    fn fetch(&self, uri: &ResourceUri) -> Result<SecretBytes, KeySourceError> {
+        let borrowed = self.borrow_by_name(uri)?;
+        note_lease(uri.path(), &borrowed);
+        Ok(borrowed.secret)
+    }
+}
+
+/// For uses that are over at once.
+fn note_lease(path: &ResourcePath, borrowed: &Borrowed) {
+    if let Some(lease) = &borrowed.lease {
+        tracing::info!(%path, seconds = lease.seconds(), "the broker lends this resource; this use of it does not renew the lease");
     }
 }
 

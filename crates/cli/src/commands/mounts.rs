@@ -29,7 +29,7 @@ use crate::{
         Global, RunArgs,
         lazy::{DaemonCommand, MountArgs},
     },
-    exit::{self, Missing, Usage},
+    exit::{self, Damaged, Missing, Usage},
     output::{self, Exit},
     setup::{self, Setup},
 };
@@ -61,10 +61,15 @@ pub(crate) fn mount(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
         front: service.lazy_front(),
         options: service.lazy_options().clone(),
         complete: args.complete,
+        lent: false,
     };
-    // The second one is where the daemon finds what it needs first.
-    let (grant, _opened) = service.grant_lazy(&args.image)?;
-    let mounted = lazyd::ask_to_mount(&program(global), grant, request, false)?;
+    let granted = service.grant_lazy(&args.image)?;
+    if granted.lent.is_some() {
+        let text =
+            format!("the keys of {} are lent, and this command ends: --foreground renews their leases", args.image);
+        return Err(Usage(text).into());
+    }
+    let mounted = lazyd::ask_to_mount(&program(global), granted.grant, request, false)?;
     output::line(format_args!("{} {} {}", mounted.target.display(), mounted.front, mounted.manifest))?;
     Ok(0)
 }
@@ -118,6 +123,17 @@ fn foreground(global: &Global, args: &MountArgs) -> anyhow::Result<i32> {
 fn serve(mut mounted: LazyMount, end: &EndSignals) -> anyhow::Result<()> {
     loop {
         let told = end.wait_for(LOOK)?;
+        if let Some(why) = mounted.image.lent.as_ref().and_then(|tenure| tenure.ended()) {
+            let why = why.to_owned();
+            let detached = mounted.detach();
+            // In the tree or not, it is served no more.
+            drop(mounted);
+            let lost = anyhow::Error::new(Damaged(why));
+            return Err(match detached {
+                Ok(()) => lost.context("the image was unmounted"),
+                Err(error) => lost.context(format!("the image is served no more, and is still in the tree ({error})")),
+            });
+        }
         if !told && mounted.is_mounted() {
             continue;
         }
@@ -208,11 +224,22 @@ pub(crate) fn run(
         return run_alone(service, &args.image, options, front, overrides, runtime);
     }
     let station = Station::here(&options.directory)?;
-    let request = MountRequest { target: None, seen: None, front, options, complete: false };
-    let mounted = {
-        let (grant, _opened) = service.grant_lazy(&args.image)?;
-        lazyd::ask_to_mount(&program(global), grant, request, true)?
-    };
+    let granted = service.grant_lazy(&args.image)?;
+    let lent = granted.lent.is_some();
+    let request = MountRequest { target: None, seen: None, front, options, complete: false, lent };
+    let mounted = lazyd::ask_to_mount(&program(global), granted.grant, request, true)?;
+    drop(granted.opened);
+    if let Some(tenure) = &granted.lent {
+        let (station, target) = (station.clone(), mounted.target.clone());
+        let cut = move || station.connected()?.map(|daemon| daemon.ask(&Request::Cut { target }, &[])).transpose();
+        let end = move |why: &str| {
+            tracing::error!("{why}; the image is taken away");
+            if let Err(error) = cut() {
+                tracing::error!("{error:#}");
+            }
+        };
+        tenure.give_to(|| false, end);
+    }
     let (manifest, config) = (mounted.manifest.parse()?, serde_json::from_value(mounted.config)?);
     let ran = run_mounted(service, &manifest, &mounted.target, &config, overrides, runtime);
     // Whatever the container left running holds the mount; its bundle has gone. The daemon would see our end as well.

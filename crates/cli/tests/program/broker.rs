@@ -6,6 +6,7 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     os::unix::fs::PermissionsExt as _,
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use nacre_registry::Registry;
@@ -512,7 +513,7 @@ fn a_disk_is_anchored_at_the_broker_and_closed_when_its_key_is_revoked() {
     let data = scene.place.write("data", nacre_testkit::Rng::new(7).bytes(1 << 20));
     run(Command::new(nbdcopy).args(["--flush", &data, &format!("nbd+unix:///?socket={socket}")]));
     // Longer than a lease: it is renewed.
-    std::thread::sleep(std::time::Duration::from_secs(8));
+    std::thread::sleep(Duration::from_secs(8));
     assert!(child.try_wait().unwrap().is_none());
     scene.admin(&["lease", "revoke", "--resource", Scene::KEY]);
     let output = child.wait_with_output().unwrap();
@@ -598,4 +599,47 @@ fn a_lazy_images_key_is_released_to_the_guest_that_is_expected() {
     let output = scene.guest(&["image", "mount", &image]).args(policy).arg(&other).output().unwrap();
     assert_eq!(output.status.code(), Some(5), "a new mount asks for the key: {}", said(&output));
     run(scene.place.nacre("store", &["image", "umount"]).arg(&target));
+}
+
+/// The key is lent: who mounts has to run on to renew its lease, and the image goes with it.
+#[test]
+fn a_lazy_image_whose_key_was_lent_goes_with_its_lease() {
+    if !root() {
+        return;
+    }
+    let scene = Scene::new();
+    let key = scene.place.text("image.key");
+    let recipient = format!("provider:attestation-agent:keyid=kbs:///{}::keypath={key}::algorithm=A256GCM", Scene::KEY);
+    let image = format!("docker://{}/t/lazy:1", scene.registry.host());
+    let source = format!("oci:{}:v1", scene.place.text("layout"));
+    let copy = ["image", "copy", "--lazy", "--quiet", "--insecure-registry", "--encrypt", &recipient, &source, &image];
+    run(&mut scene.place.nacre("unused", &copy));
+    scene.admin(&["resource", "put", "--lease", "5", Scene::KEY, &key]);
+    scene.admin(&["reference", "set", "sim.measurement", &measurement_of_us()]);
+    let target = scene.place.at("mounted");
+    fs::create_dir(&target).unwrap();
+    let policy = ["--insecure-policy", "--insecure-registry"];
+    let mount = |more: &[&str]| {
+        let mut command = scene.guest(&["image", "mount", &image]);
+        command.args(policy).args(more).arg(&target);
+        command
+    };
+    let output = mount(&[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("--foreground"), "{}", said(&output));
+    let child = mount(&["--foreground"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !target.join("second").exists() {
+        assert!(Instant::now() < deadline, "nothing is mounted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(fs::read_to_string(target.join("second")).unwrap(), "zstd\n", "the lease is renewed");
+    let output = run(scene.guest(&["run", "--quiet", "--lazy", "--runtime", "builtin", &image]).args(policy));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "zstd\n");
+    scene.admin(&["lease", "revoke", "--resource", Scene::KEY]);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    assert!(said(&output).contains("revoked"), "{}", said(&output));
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
 }

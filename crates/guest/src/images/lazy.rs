@@ -1,5 +1,8 @@
 //! Lazy images: admitted like any other, and read where they are.
 
+use std::sync::Arc;
+
+use nacre_attest::client::Tenure;
 use nacre_lazy::{artifact::Artifact, keys::MetadataKey};
 use nacre_oci::{
     manifest::{Manifest, RawManifest},
@@ -32,6 +35,8 @@ pub struct LazyAccess {
     pub manifest: RawManifest,
     /// Its key, where it is encrypted.
     pub key: Option<MetadataKey>,
+    /// Where that was lent: to be given to whoever keeps it.
+    pub lent: Option<Arc<Tenure>>,
 }
 
 impl Images {
@@ -76,7 +81,8 @@ impl Images {
         raw: RawManifest,
         manifest: &Manifest,
     ) -> Result<LazyAccess, PullError> {
-        let unwrapped = Artifact::parse(manifest).and_then(|artifact| artifact.unwrap(self.keyring()));
-        Ok(LazyAccess { location, manifest: raw, key: unwrapped.map_err(PullError::LazyKey)? })
+        let artifact = Artifact::parse(manifest).map_err(PullError::LazyKey)?;
+        let (unwrapped, lent) = self.lend(|keyring| artifact.unwrap(keyring));
+        Ok(LazyAccess { location, manifest: raw, key: unwrapped.map_err(PullError::LazyKey)?, lent })
     }
 }

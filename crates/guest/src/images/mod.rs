@@ -9,6 +9,7 @@ mod stack;
 
 use std::sync::Arc;
 
+use nacre_attest::client::{Tenancy, Tenure};
 use nacre_attest::eventlog::{
     runtime::RuntimeLog,
     story::{Happening, Image as AdmittedImage},
@@ -70,6 +71,8 @@ pub struct Images {
     store: Store,
     trust: Trust,
     keyring: Keyring,
+    /// What the keyring's broker lends.
+    tenancy: Option<Arc<Tenancy>>,
     options: PullOptions,
     progress: Arc<dyn Progress>,
     /// The event log, and the digest of the policy's text.
@@ -139,7 +142,30 @@ impl Images {
         options: PullOptions,
         progress: Arc<dyn Progress>,
     ) -> Self {
-        Self { store, trust, keyring, options, progress, events: None }
+        Self { store, trust, keyring, tenancy: None, options, progress, events: None }
+    }
+
+    /// Says who lends what the keyring's broker releases.
+    #[must_use]
+    pub fn with_tenancy(mut self, tenancy: Option<Arc<Tenancy>>) -> Self {
+        self.tenancy = tenancy;
+        self
+    }
+
+    /// Unwraps keys that are kept; with the tenure that they are kept by, where they were lent.
+    pub(crate) fn lend<T>(&self, unwrap: impl FnOnce(&Keyring) -> T) -> (T, Option<Arc<Tenure>>) {
+        match &self.tenancy {
+            Some(tenancy) => tenancy.lend(|| unwrap(&self.keyring)),
+            None => (unwrap(&self.keyring), None),
+        }
+    }
+
+    /// Does what forgets the keys that it uses.
+    fn spend<T>(&self, act: impl FnOnce() -> T) -> T {
+        match &self.tenancy {
+            Some(tenancy) => tenancy.spend(act),
+            None => act(),
+        }
     }
 
     /// Has the policy, of this digest, measured before an image is judged by it, and each admission before anything is done for its sake.
@@ -169,6 +195,10 @@ impl Images {
     /// # Errors
     /// [`PullError`]; nothing of a layer that failed a check is in the store then.
     pub fn pull(&self, source: &dyn ImageSource) -> Result<PulledImage, PullError> {
+        self.spend(|| self.pull_whole(source))
+    }
+
+    fn pull_whole(&self, source: &dyn ImageSource) -> Result<PulledImage, PullError> {
         let requested = source.location();
         let resolved = self.resolve(source)?;
         if is_lazy(&resolved.manifest) {
@@ -223,7 +253,7 @@ impl Images {
             let lazy = Some(self.lazy_access(location, resolved.raw().clone(), &resolved.manifest)?);
             return Ok(PulledImage { image, admission, layers: Vec::new(), fetched: 0, lazy });
         }
-        self.plan(&resolved.manifest, &image.config)?;
+        self.spend(|| self.plan(&resolved.manifest, &image.config))?;
         let mut layers: Vec<LayerGuard> = Vec::new();
         for id in &image.stack {
             let missing = || StoreError::NoLayer { id: *id, path: self.store.root().into() };

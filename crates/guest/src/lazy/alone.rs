@@ -10,11 +10,19 @@ use super::{Clients, Front, Grant, LazyError, LazyMount, LazyOptions, LazyStore}
 
 /// Mounts lazy images for bundles.
 pub trait Mounter: Send + Sync {
-    /// Mounts the image of a grant on a directory. Whoever unmounts it there ends it.
+    /// Mounts the image of a grant on a directory. Whoever unmounts it there ends it. Of an image whose key is `lent` to this process, the mount
+    /// is [cut](Self::cut) at the latest when this process ends.
     ///
     /// # Errors
     /// Why it is not mounted.
-    fn mount(&self, grant: Grant, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>>;
+    fn mount(&self, grant: Grant, target: &Path, lent: bool) -> Result<(), Box<dyn Error + Send + Sync>>;
+
+    /// Takes an image that is mounted there out of the tree and forgets its keys: who has files of it open can read no more of them than the
+    /// kernel has already.
+    ///
+    /// # Errors
+    /// Why it is still there.
+    fn cut(&self, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
 /// The mounts of this process: they end with it.
@@ -62,7 +70,7 @@ impl OwnMounts {
 }
 
 impl Mounter for OwnMounts {
-    fn mount(&self, grant: Grant, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn mount(&self, grant: Grant, target: &Path, _lent: bool) -> Result<(), Box<dyn Error + Send + Sync>> {
         let store = self.store()?;
         let mount = store.mount(store.granted(&grant, &self.clients)?, target, self.front)?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,6 +85,18 @@ impl Mounter for OwnMounts {
         });
         state.mounts.push(mount);
         Ok(())
+    }
+
+    fn cut(&self, target: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let target = std::fs::canonicalize(target)?;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(at) = state.mounts.iter().position(|mount| mount.target() == target) else { return Ok(()) };
+        let mut mount = state.mounts.swap_remove(at);
+        drop(state);
+        let detached = mount.detach();
+        // In the tree or not, it is served no more.
+        drop(mount);
+        Ok(detached?)
     }
 }
 

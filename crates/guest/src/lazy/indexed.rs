@@ -74,8 +74,9 @@ impl LazyStore {
     ) -> Result<Indexed, LazyError> {
         let (raw, manifest, _admitted) = images.admit_artifact(&**source, storage, &candidate.digest)?;
         let artifact = IndexArtifact::parse(&manifest, admission.manifest())?;
-        let key = artifact.unwrap(images.keyring())?;
-        let layer_keys = unwrap_layers(image, images.keyring())?;
+        let (keys, lent) =
+            images.lend(|keyring| Ok::<_, LazyError>((artifact.unwrap(keyring)?, unwrap_layers(image, keyring)?)));
+        let (key, layer_keys) = keys?;
         let (_, config) = images.config_of(&**source, image)?;
         let grant = IndexGrant { manifest: raw, config: config.clone(), layer_keys: copy_of(&layer_keys) };
         let plan = Plan::Index(Arc::new(ByIndex { artifact, image: image.clone(), config, keys: layer_keys }));
@@ -85,7 +86,7 @@ impl LazyStore {
         let opened = plan.fetch(&**source, key.as_ref(), &mut place.erofs, Some(&mut copy))?;
         opened.judge(&place)?;
         let blobs = Arc::new(ImageBlobs::of(Arc::clone(source), &plan.descriptors()));
-        let image = self.opened(opened, blobs, *admission.manifest(), place)?;
+        let image = self.opened(opened, blobs, *admission.manifest(), place)?.lent(lent);
         Ok(Indexed { image, grant, key })
     }
 }

@@ -19,6 +19,7 @@ mod alone;
 mod device;
 mod grant;
 mod indexed;
+mod lent;
 mod mount;
 mod origin;
 mod place;
@@ -34,6 +35,7 @@ use std::{
     time::Duration,
 };
 
+use nacre_attest::client::Tenure;
 use nacre_core::{Digest, SecretBytes};
 use nacre_lazy::{
     artifact::{Artifact, ArtifactError, Copying, ImageBlobs, is_lazy},
@@ -189,6 +191,8 @@ pub struct LazyImage {
     pub reader: Arc<dyn DeviceReader>,
     /// The same, of a lazy image: its chunks.
     pub chunks: Option<Arc<Reader>>,
+    /// Where its keys were lent: it is read only while that holds.
+    pub lent: Option<Arc<Tenure>>,
     /// Its directory below `mounts`, which goes with this.
     place: Place,
 }
@@ -196,7 +200,16 @@ pub struct LazyImage {
 impl LazyImage {
     fn new(parts: Parts, manifest: Digest, place: Place) -> Self {
         let Parts { config, config_bytes, reader, chunks } = parts;
-        Self { manifest, admission: None, config, config_bytes, reader, chunks, place }
+        Self { manifest, admission: None, config, config_bytes, reader, chunks, lent: None, place }
+    }
+
+    /// What it is read by was lent, where it was.
+    fn lent(mut self, tenure: Option<Arc<Tenure>>) -> Self {
+        if let Some(tenure) = tenure {
+            self.reader = Arc::new(lent::LentReader::new(self.reader, Arc::clone(&tenure)));
+            self.lent = Some(tenure);
+        }
+        self
     }
 
     /// Begins to fetch ahead what the image's trace says, where it has one.
@@ -316,14 +329,15 @@ impl LazyStore {
         admission: Admission,
     ) -> Result<LazyImage, LazyError> {
         let artifact = Artifact::parse(manifest)?;
-        let key = artifact.unwrap(images.keyring())?;
+        let (key, lent) = images.lend(|keyring| artifact.unwrap(keyring));
+        let key = key?;
         let plan = Plan::Lazy(Arc::new(artifact));
         let mut place = Place::new(&self.mounts())?;
         let opened = plan.fetch(&*source, key.as_ref(), &mut place.erofs, None)?;
         opened.judge(&place)?;
         let blobs = Arc::new(ImageBlobs::of(source, &plan.descriptors()));
         let image = self.opened(opened, blobs, *admission.manifest(), place)?;
-        Ok(LazyImage { admission: Some(admission), ..image })
+        Ok(LazyImage { admission: Some(admission), ..image.lent(lent) })
     }
 
     /// Opens an ordinary image that was admitted by its index, and gives what another process needs to do the same: the metadata of it are in the

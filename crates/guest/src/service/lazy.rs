@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 
+use nacre_attest::client::Tenure;
 use nacre_core::{Digest, SecretArray, SecretBytes};
 use nacre_lazy::{artifact::is_lazy, keys::MetadataKey, pace::LEAST_RATE};
 use nacre_oci::{manifest::ImageConfig, reference::Location, source::ImageSource};
@@ -14,6 +15,16 @@ use crate::{
     lazy::{Front, Grant, LazyError, LazyImage, LazyOptions, LazyStore, Origin},
     store::{BundleRecord, ImageRecord, LazyRecord, OwnBundle, Store, StoreError},
 };
+
+/// What another process mounts a lazy image by.
+pub struct Granted {
+    /// What it is given.
+    pub grant: Grant,
+    /// Where the image's keys were lent to this process.
+    pub lent: Option<Arc<Tenure>>,
+    /// Where the daemon finds what it needs first, of an ordinary image: to be kept until it is mounted.
+    pub opened: Option<LazyImage>,
+}
 
 impl ImageService {
     /// Does something with the first of a name's locations that has a lazy image.
@@ -102,18 +113,20 @@ impl ImageService {
     ///
     /// # Errors
     /// [`ServiceError`]
-    pub fn grant_lazy(&self, text: &str) -> Result<(Grant, Option<LazyImage>), ServiceError> {
+    pub fn grant_lazy(&self, text: &str) -> Result<Granted, ServiceError> {
         self.at_first(text, |location| {
             let source: Arc<dyn ImageSource> = Arc::from(self.source(location)?);
             let admitted = self.images.admit_lazy_named(&*source).map_err(LazyError::Pull)?;
             if is_lazy(&admitted.manifest) {
                 let access = self.images.lazy_access(location.clone(), admitted.raw, &admitted.manifest)?;
-                return Ok((self.grant(text, &access)?, None));
+                let grant = self.grant(text, &access)?;
+                return Ok(Granted { grant, lent: access.lent, opened: None });
             }
-            let access = LazyAccess { location: location.clone(), manifest: admitted.raw.clone(), key: None };
+            let access =
+                LazyAccess { location: location.clone(), manifest: admitted.raw.clone(), key: None, lent: None };
             let (store, grant) = (self.own.store()?, self.grant(text, &access)?);
             let (grant, image) = store.grant_by_index(&self.images, &source, admitted, grant)?;
-            Ok((grant, Some(image)))
+            Ok(Granted { grant, lent: image.lent.clone(), opened: Some(image) })
         })
     }
 
@@ -139,7 +152,17 @@ impl ImageService {
         let made = std::fs::create_dir(&lower);
         made.map_err(|source| ServiceError::File { what: "the lazy image's place", path: lower.clone(), source })?;
         let grant = self.grant(&access.location.to_string(), access)?;
-        self.mounter.mount(grant, &lower).map_err(ServiceError::Mount)?;
+        self.mounter.mount(grant, &lower, access.lent.is_some()).map_err(ServiceError::Mount)?;
+        if let Some(tenure) = &access.lent {
+            let (mounter, here, target) = (self.mounter.clone(), lower.clone(), lower.clone());
+            let end = move |why: &str| {
+                tracing::error!("{}: {why}; the image is taken away", target.display());
+                if let Err(error) = mounter.cut(&target) {
+                    tracing::error!("{}: {error}", target.display());
+                }
+            };
+            tenure.give_to(move || nacre_sys::fs::is_mount_point(&here).unwrap_or(true), end);
+        }
         Ok(lower)
     }
 }
