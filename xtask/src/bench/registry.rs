@@ -6,6 +6,7 @@ use std::{
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,7 @@ pub(crate) struct Registry {
     child: Child,
     data: PathBuf,
     pub(crate) host: String,
+    manifest: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Registry {
@@ -41,8 +43,22 @@ impl Registry {
                 break rest.split(['"', ',', ' ']).next().unwrap_or_default().to_owned();
             }
         };
-        std::thread::spawn(move || log.map_while(Result::ok).for_each(drop)); // so that the pipe never fills
-        Ok(Self { child, data, host })
+        let manifest = Arc::<Mutex<Option<Instant>>>::default();
+        let last = manifest.clone();
+        // It is read to its end, so that the pipe never fills.
+        std::thread::spawn(move || {
+            for line in log.map_while(Result::ok) {
+                if line.contains("response completed") && line.contains("/manifests/") {
+                    *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                }
+            }
+        });
+        Ok(Self { child, data, host, manifest })
+    }
+
+    /// When it said last that it had answered for a manifest.
+    pub(crate) fn answered(&self) -> Option<Instant> {
+        *self.manifest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads all of its data, so that it stands for a machine of its own, whose disk is not ours.
