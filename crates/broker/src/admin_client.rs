@@ -286,6 +286,16 @@ impl AdminClient {
         self.post("take reference document", "/kbs/v0/reference-value", &body)
     }
 
+    /// Takes a signed CoRIM.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn import_corim(&self, bytes: &[u8]) -> Result<(), ClientError> {
+        let payload = BASE64_STANDARD.encode(bytes);
+        let body = json!({"version": "0.1.0", "type": crate::reference::CORIM, "payload": payload});
+        self.post("take CoRIM", "/kbs/v0/reference-value", &body)
+    }
+
     /// Those who may sign reference values.
     ///
     /// # Errors

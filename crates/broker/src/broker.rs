@@ -273,8 +273,13 @@ impl Broker {
         if message.kind == crate::reference::SIGNED {
             return self.import_references_as(actor, &message.payload).map(drop);
         }
+        if message.kind == crate::reference::CORIM {
+            let bytes = BASE64_STANDARD.decode(&message.payload).map_err(|e| invalid(e.to_string()))?;
+            return self.import_corim_as(actor, &bytes).map(drop);
+        }
         if message.kind != "sample" || !message.version.starts_with("0.1") {
-            return Err(invalid(format!("version 0.1.x and types sample and {} are read", crate::reference::SIGNED)));
+            let kinds = format!("{} and {}", crate::reference::SIGNED, crate::reference::CORIM);
+            return Err(invalid(format!("version 0.1.x and types sample, {kinds} are read")));
         }
         let payload = BASE64_STANDARD.decode(&message.payload).map_err(|e| invalid(e.to_string()))?;
         let values: std::collections::BTreeMap<String, Value> =

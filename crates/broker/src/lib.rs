@@ -9,6 +9,7 @@
 //! | [`MasterKey`] | what wraps the keys that seal the records |
 //! | `policy` | Rego, bounded in time, denying by default |
 //! | `reference` | signed documents of reference values |
+//! | `corim`, `cbor` | the same as CoRIM manifests |
 //! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
 //! | `admin` | the administrator's tokens |
 //! | `chain` | the chain of trust of one guest, for people |
@@ -26,9 +27,12 @@ mod administer;
 mod api;
 mod appraise;
 mod broker;
+mod cbor;
 mod chain;
+mod corim;
 mod error;
 mod files;
+pub mod fuzzing;
 mod limit;
 mod master;
 mod metrics;
@@ -49,7 +53,7 @@ pub use error::{ApiError, BrokerError};
 pub use files::{OpenMaster, Settings};
 pub use master::{MasterKey, MasterKeyError};
 pub use policy::{References, Trace, TraceLine, trace};
-pub use reference::{ReferenceDocument, Signer};
+pub use reference::{ReferenceDocument, Signer, is_corim};
 pub use server::{Handle, Transport, serve};
 pub use storage::StorageError;
 pub use store::{

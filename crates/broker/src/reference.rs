@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Values end with the document. A signer is known by name and key, and may be held to ids that begin so. A document older than the last one of its
-//! signer is refused, so that nobody can bring values back that were revoked.
+//! signer is refused, so that nobody can bring values back that were revoked. A CoRIM ([`crate::corim`]) is taken by the same rules.
 
 use std::collections::BTreeMap;
 
@@ -23,15 +23,18 @@ use crate::{
     Broker, BrokerError, ReferenceValue,
     admin::{self, now},
     broker::{LOCAL, MOST_VALUES, entry},
+    corim,
 };
 
 /// The type of a message that carries a signed document.
 pub(crate) const SIGNED: &str = "nacre-signed";
+/// The type of a message that carries a signed manifest, in base64.
+pub(crate) const CORIM: &str = "corim";
 const PROFILE: &str = "nacre-reference-1";
 /// Bytes of a document at most.
-const LONGEST: usize = 1024 * 1024;
+pub(crate) const LONGEST: usize = 1024 * 1024;
 /// Values that a document names at most.
-const MOST_IDS: usize = 4096;
+pub(crate) const MOST_IDS: usize = 4096;
 /// Clocks may differ by this much.
 const SKEW: i64 = 60;
 
@@ -68,6 +71,11 @@ pub struct ReferenceDocument {
 /// Whether a text can name a reference value.
 pub(crate) fn is_name(id: &str) -> bool {
     (1..=200).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// Whether a file is a CoRIM, and no document of ours: it begins with one of its tags.
+pub fn is_corim(bytes: &[u8]) -> bool {
+    corim::is_one(bytes)
 }
 
 fn invalid(why: impl std::fmt::Display) -> BrokerError {
@@ -205,43 +213,100 @@ impl Broker {
 
     pub(crate) fn import_references_as(&self, actor: &str, document: &str) -> Result<Vec<String>, BrokerError> {
         let kid = admin::key_id(document).ok_or_else(|| invalid("its header names no key (kid)"))?;
-        let named = |signer: &Signer| {
-            let key = PublicKey::from_pem(&signer.key).ok()?;
-            (Jwk::from_public(&key).thumbprint().ok()? == kid).then_some(key)
-        };
-        let found = self.signers()?.into_iter().find_map(|signer| Some((named(&signer)?, signer)));
-        let (key, signer) = found.ok_or_else(|| invalid("nobody whom this broker knows signed it: add its signer"))?;
+        let is_its = |key: &PublicKey| Jwk::from_public(key).thumbprint().is_ok_and(|name| name == kid);
+        let (signer, key) = self.signer_of(is_its)?;
         let document = ReferenceDocument::verify(document, &key)?.into_inner();
-        let now = now();
         if document.iss != signer.name {
             return Err(invalid(format!("it is '{:.100}\'s and signed by {}", document.iss, signer.name)));
         }
-        if document.iat > now + SKEW || document.exp <= now {
+        let said = Said {
+            serial: document.serial,
+            begins: document.iat,
+            expires: document.exp,
+            values: document.values,
+            revoked: document.revoked,
+            about: String::new(),
+        };
+        self.take(actor, &signer, said)
+    }
+
+    /// Takes a signed CoRIM; gives the names of the values that it set.
+    ///
+    /// # Errors
+    /// [`BrokerError::Invalid`] says what is wrong with it: its form, its signer, its time, a name.
+    pub fn import_corim(&self, bytes: &[u8]) -> Result<Vec<String>, BrokerError> {
+        self.import_corim_as(LOCAL, bytes)
+    }
+
+    pub(crate) fn import_corim_as(&self, actor: &str, bytes: &[u8]) -> Result<Vec<String>, BrokerError> {
+        let signed = corim::Signed::read(bytes)?;
+        let (signer, key) = self.signer_of(|key| signed.names(key))?;
+        let manifest = signed.verify(&key)?.into_inner();
+        let begins = manifest.not_before;
+        let name: String = manifest.signer.chars().filter(|c| !c.is_control()).take(100).collect();
+        let left_out = match manifest.left_out {
+            0 => String::new(),
+            count => format!(", {count} triples that are no reference values left out"),
+        };
+        let said = Said {
+            serial: u64::try_from(begins).map_err(|_| invalid("it begins before 1970"))?,
+            begins,
+            expires: manifest.expires,
+            values: manifest.values,
+            revoked: Vec::new(),
+            about: format!(", CoRIM of '{name}'{left_out}"),
+        };
+        self.take(actor, &signer, said)
+    }
+
+    /// The signer with a key, and the key.
+    fn signer_of(&self, is_its: impl Fn(&PublicKey) -> bool) -> Result<(Signer, PublicKey), BrokerError> {
+        let found = self.signers()?.into_iter().find_map(|signer| {
+            let key = PublicKey::from_pem(&signer.key).ok().filter(|key| is_its(key))?;
+            Some((signer, key))
+        });
+        found.ok_or_else(|| invalid("nobody whom this broker knows signed it: add its signer"))
+    }
+
+    fn take(&self, actor: &str, signer: &Signer, said: Said) -> Result<Vec<String>, BrokerError> {
+        let now = now();
+        if said.begins > now + SKEW || said.expires <= now {
             return Err(invalid("it has expired, or is not valid yet"));
         }
-        if document.serial <= signer.serial {
+        if said.serial <= signer.serial {
             return Err(invalid(format!(
                 "its serial is {}, and the last one of {} was {}: it is an older one",
-                document.serial, signer.name, signer.serial
+                said.serial, signer.name, signer.serial
             )));
         }
-        let ids: Vec<String> = document.values.keys().chain(&document.revoked).cloned().collect();
+        let ids: Vec<String> = said.values.keys().chain(&said.revoked).cloned().collect();
         if let Some(foreign) = ids.iter().find(|id| !id.starts_with(&signer.prefix)) {
             return Err(invalid(format!(
                 "{} may not set {foreign}: only what begins with {}",
                 signer.name, signer.prefix
             )));
         }
-        let value = |values| ReferenceValue { values, expires: document.exp, issuer: signer.name.clone() };
-        let mut values: Vec<_> = document.values.into_iter().map(|(id, values)| (id, Some(value(values)))).collect();
-        values.extend(document.revoked.into_iter().map(|id| (id, None)));
+        let value = |values| ReferenceValue { values, expires: said.expires, issuer: signer.name.clone() };
+        let mut values: Vec<_> = said.values.into_iter().map(|(id, values)| (id, Some(value(values)))).collect();
+        values.extend(said.revoked.into_iter().map(|id| (id, None)));
         let mut entry = entry("reference document taken", actor, signer.name.clone());
-        entry.detail = format!("serial {}, {} values", document.serial, values.len());
+        entry.detail = format!("serial {}, {} values{}", said.serial, values.len(), said.about);
         let text = |signer: &Signer| serde_json::to_vec(signer).map_err(invalid);
-        let after = text(&Signer { serial: document.serial, ..signer.clone() })?;
-        match self.store.import_references(&signer.name, text(&signer)?, after, values, entry)? {
+        let after = text(&Signer { serial: said.serial, ..signer.clone() })?;
+        match self.store.import_references(&signer.name, text(signer)?, after, values, entry)? {
             true => Ok(ids),
             false => Err(invalid("another document of its signer was taken at the same time: try again")),
         }
     }
+}
+
+/// What a document says, of either kind.
+struct Said {
+    serial: u64,
+    begins: i64,
+    expires: i64,
+    values: BTreeMap<String, Vec<Value>>,
+    revoked: Vec<String>,
+    /// What else the audit log has of it.
+    about: String,
 }

@@ -107,6 +107,41 @@ pub(crate) fn reference_document(bytes: &[u8]) {
     }
 }
 
+/// A CoRIM of anybody's: its envelope, and what it says.
+pub(crate) fn corim(bytes: &[u8]) {
+    nacre_broker::fuzzing::corim(bytes);
+}
+
+pub(crate) fn corims() -> Vec<Vec<u8>> {
+    let text = |text: &str| [&[0x60 | u8::try_from(text.len()).unwrap_or_default()][..], text.as_bytes()].concat();
+    let bytes = |bytes: &[u8]| [&[0x58, u8::try_from(bytes.len()).unwrap_or_default()][..], bytes].concat();
+    // {1: {0: "t"}, 4: {0: [[{}, [{0: name, 1: values}]]]}}
+    let comid = |values: &[u8]| {
+        let head = [0xa2, 0x01, 0xa1, 0x00, 0x61, b't', 0x04, 0xa1, 0x00, 0x81, 0x82, 0xa0, 0x81, 0xa2, 0x00];
+        [&head[..], &text("sim.svn"), &[0x01], values].concat()
+    };
+    let corim = |values: &[u8]| {
+        let tag = [&[0xd9, 0x01, 0xfa][..], &bytes(&comid(values))].concat();
+        let validity = [0xa2, 0x00, 0xc1, 0x01, 0x01, 0xc1, 0x1a, 0x7f, 0xff, 0xff, 0xff];
+        [&[0xd9, 0x01, 0xf5, 0xa3, 0x00, 0x61, b'x', 0x01, 0x81][..], &tag, &[0x04], &validity].concat()
+    };
+    let signed = |values: &[u8]| {
+        let kind = [&[0x74][..], b"application/rim+cbor"].concat();
+        let meta = [0x08, 0x46, 0xa1, 0x00, 0xa1, 0x00, 0x61, b's'];
+        let header = [&[0xa4, 0x01, 0x26, 0x03][..], &kind, &[0x04, 0x41, b'k'], &meta].concat();
+        [&[0xd2, 0x84][..], &bytes(&header), &[0xa0], &bytes(&corim(values)), &[0x41, 0x00]].concat()
+    };
+    let digest = [&[0xa1, 0x02, 0x81, 0x82, 0x01][..], &bytes(&[7; 32])].concat();
+    let register = [&[0xa1, 0x0e, 0xa1, 0x07, 0x81, 0x82, 0x01][..], &bytes(&[7; 32])].concat();
+    vec![
+        signed(&[0xa1, 0x01, 0xd9, 0x02, 0x28, 0x07]),
+        signed(&digest),
+        signed(&register),
+        signed(&[0xa1, 0x04, 0xd9, 0x02, 0x30, 0x42, 1, 2]),
+        vec![0xd2, 0x84, 0x40, 0xa0, 0xf6, 0x40],
+    ]
+}
+
 pub(crate) fn reference_documents() -> Vec<Vec<u8>> {
     texts(&[
         "eyJhbGciOiJFUzI1NiIsImtpZCI6IngifQ.eyJwcm9maWxlIjoibmFjcmUtcmVmZXJlbmNlLTEifQ.AAAA",

@@ -59,6 +59,7 @@ pub const TARGETS: &[Target] = &[
         run: attestation::reference_document,
         seeds: attestation::reference_documents,
     },
+    Target { name: "corim", run: attestation::corim, seeds: attestation::corims },
     Target { name: "init_data", run: attestation::init_data, seeds: attestation::init_datas },
     Target { name: "tar", run: layers::tar, seeds: layers::tars },
     Target { name: "apply", run: layers::apply, seeds: layers::tars },

@@ -29,6 +29,7 @@ smoke!(
     url,
     broker,
     reference_document,
+    corim,
     init_data,
     token,
     headers,

@@ -460,9 +460,9 @@ pub(crate) enum ReferenceCommand {
         #[arg(long, value_name = "NAME")]
         revoke: Vec<String>,
     },
-    /// Take a signed document of values
+    /// Take a signed document of values, ours or a CoRIM
     Import {
-        /// The document; - is standard input
+        /// The document, or the CoRIM (COSE_Sign1); - is standard input
         file: PathBuf,
         #[command(flatten)]
         at: BrokerAt,

@@ -557,6 +557,11 @@ fn a_policy_is_tested_on_a_token_and_signed_values_are_taken() {
     scene.admin(&["reference", "import", &document]);
     let again = scene.admin_command(&["reference", "import", &document]).output().unwrap();
     assert_eq!(again.status.code(), Some(2), "{}", said(&again));
+    // What begins as a CoRIM is read as one.
+    let unsigned = scene.place.write("values.corim", [0xd2, 0x84, 0x40, 0xa0, 0xf6, 0x40]);
+    let refused = scene.admin_command(&["reference", "import", &unsigned]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
+    assert!(said(&refused).contains("CoRIM: its payload is elsewhere"), "{}", said(&refused));
     assert!(text(&mut scene.admin_command(&["reference", "ls"])).contains("builder"));
     assert!(text(&mut scene.admin_command(&["reference", "signer", "ls"])).contains("builder"));
     let token = scene.place.write("token", text(&mut scene.guest(&["attest", "token"])));

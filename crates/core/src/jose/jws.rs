@@ -94,7 +94,11 @@ pub fn verify_compact(token: &str, key: &PublicKey) -> Result<Verified<Value>, J
     })
 }
 
-fn verify_signature(key: &PublicKey, message: &[u8], signature: &[u8]) -> Result<(), JoseError> {
+/// Verifies a signature, two numbers one after the other, of a message as it is: for envelopes that are no JWS.
+///
+/// # Errors
+/// [`JoseError`]: a key that does not sign, or a signature that is not its.
+pub fn verify_signature(key: &PublicKey, message: &[u8], signature: &[u8]) -> Result<(), JoseError> {
     let verified = match key {
         // ring's is several times as fast, and a broker does little else.
         PublicKey::P256(key) => {

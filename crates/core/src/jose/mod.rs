@@ -29,7 +29,7 @@ mod wrap;
 pub use curve::P256PrivateKey;
 pub use jwe::{Jwe, Recipient, encrypt};
 pub use jwk::Jwk;
-pub use jws::{sign_compact, verify_compact};
+pub use jws::{sign_compact, verify_compact, verify_signature};
 pub use key::{PrivateKey, PublicKey, RsaPrivateKey, RsaPublicKey};
 pub use wrap::KeyAlgorithm;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context as _;
-use nacre_broker::{ReferenceDocument, ReferenceValue, Signer};
+use nacre_broker::{ReferenceDocument, ReferenceValue, Signer, is_corim};
 use nacre_core::jose::PrivateKey;
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -79,6 +79,12 @@ pub(super) fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
         }
         ReferenceCommand::Import { file, at } => {
             let bytes = read(file)?;
+            if is_corim(bytes.expose()) {
+                return match Admin::of(at)? {
+                    Admin::Local(broker) => Ok(broker.import_corim(bytes.expose()).map(drop)?),
+                    Admin::Remote(client) => Ok(client.import_corim(bytes.expose())?),
+                };
+            }
             let text = std::str::from_utf8(bytes.expose()).with_context(|| format!("{}: no text", file.display()))?;
             match Admin::of(at)? {
                 Admin::Local(broker) => broker.import_references(text.trim()).map(drop)?,
