@@ -206,6 +206,7 @@ fn read(bench: &Bench) -> Result<Vec<Case>> {
         Case::bounded("mount until names can be read, from the manifest on", super::median(after), "ms", 60.0),
         Case::bounded("the same, the whole command", super::median(ready), "ms", 100.0),
         Case::against("find, cold, vs nydusd", &us.find_cold, &nydusd.find_cold, 0.125),
+        Case::against("find, cold, vs EROFS on a file", &us.find_cold, &erofs.find_cold, 1.0),
         Case::against("tar, cold, vs nydusd", &us.tar_cold, &nydusd.tar_cold, 0.5),
         Case::against("tar, cold, vs EROFS on a file", &us.tar_cold, &erofs.tar_cold, 1.0),
         Case::faster("random 4 KiB, cold, vs nydusd", "IOPS", &us.random_cold, &nydusd.random_cold, 1.0),
