@@ -16,12 +16,32 @@ pub(crate) fn tpm_response(bytes: &[u8]) {
         // Not only what has a good header gets to the bodies' parsers.
         Ok(Response::Refused(_)) | Err(_) => vec![bytes, bytes.get(response::HEADER_LEN..).unwrap_or_default()],
     };
-    if let Ok(Ok((_, parameters))) = response::with_handle(bytes) {
-        assert!(parameters.len() + 23 <= bytes.len());
+    if let Ok((_, Response::Sessions { parameters, nonce, hmac, .. })) = response::with_handle(bytes) {
+        assert_eq!(parameters.len() + nonce.len() + hmac.len() + 23, bytes.len());
+    }
+    if let Ok(Ok(parameters)) = response::with_two_sessions(bytes) {
+        assert!(parameters.len() + 24 <= bytes.len());
+    }
+    if let Ok(code) = response::code(bytes) {
+        assert!(code == 0 || !matches!(response::parse(bytes), Ok(Response::Plain(_))));
     }
     for body in bodies {
         if let Ok(area) = response::public_area(body) {
             let _ = response::public_key(area);
+            for template in [&[][..], &[0, 0x23]] {
+                if let Ok((x, y)) = response::point(area, template) {
+                    assert_eq!(template.len() + x.len() + y.len() + 4, area.len());
+                }
+                if let Ok(modulus) = response::modulus(area, template) {
+                    assert_eq!(template.len() + modulus.len() + 2, area.len());
+                }
+            }
+        }
+        if let Ok((private, public)) = response::created(body) {
+            assert!(private.len() + public.len() + 16 <= body.len());
+        }
+        if let Ok(field) = response::one_field(body) {
+            assert_eq!(field.len() + 2, body.len());
         }
         if let Ok((message, signature)) = response::quoted(body) {
             assert_eq!(message.len() + signature.len() + 2, body.len());
@@ -75,6 +95,18 @@ pub(crate) fn tpm_responses() -> Vec<Vec<u8>> {
             &[&[0, 0, 0, 14, 0, 4, 1, 2, 3, 4][..], &[0, 0x18, 0, 0x0b, 0, 1, 1, 0], &[0, 0, 1, 0, 0]].concat(),
         ),
         response(0x8001, 0, &[&[0, 0, 0, 1, 0, 0, 0, 1, 0, 0x0b, 3, 1, 0, 0, 0, 0, 0, 1, 0, 2][..], &[7; 2]].concat()),
+        // TPM2_Create, TPM2_Load, TPM2_ActivateCredential.
+        response(
+            0x8002,
+            0,
+            &[
+                &[0, 0, 0, 23, 0, 1, 7, 0, 2, 0, 8, 0, 1, 1, 0, 1, 2, 0x80, 0x21, 0x40, 0, 0, 1, 0, 1, 9, 5][..],
+                &[0, 0, 1, 0, 0],
+            ]
+            .concat(),
+        ),
+        response(0x8002, 0, &[0x80, 0, 0, 1, 0, 0, 0, 4, 0, 2, 0, 0x0b, 0, 0, 1, 0, 0]),
+        response(0x8002, 0, &[0, 0, 0, 4, 0, 2, 5, 5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]),
         response(0x8001, 0x18b, &[]),
         response(0x00c4, 0x1e, &[]),
     ]

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use crate::{
     TpmAddress,
     response::{self, Response, WireError},
-    session::{self, Command, Request, Session, Writer},
+    session::{self, Authorized, Command, Kind, Request, SaltKey, Session, Writer},
     transport::Transport,
 };
 
@@ -20,6 +20,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// Where the handles of HMAC sessions begin, and the most that a TPM has loaded.
 const FIRST_SESSION: u32 = 0x0200_0000;
 const SESSIONS: u32 = 64;
+/// Where the handles of loaded objects begin.
+const FIRST_OBJECT: u32 = 0x8000_0000;
 
 /// There is nothing by that handle.
 pub const RC_HANDLE: u32 = 0x08b;
@@ -30,6 +32,7 @@ pub const RC_BAD_AUTH: u32 = 0x0a2;
 const RC_INITIALIZE: u32 = 0x100;
 const RC_NV_SPACE: u32 = 0x14b;
 const RC_NV_DEFINED: u32 = 0x14c;
+const RC_OBJECT_MEMORY: u32 = 0x902;
 const RC_SESSION_MEMORY: u32 = 0x903;
 const RC_SESSION_HANDLES: u32 = 0x905;
 const RC_LOCKOUT: u32 = 0x921;
@@ -93,6 +96,7 @@ fn meaning(code: u32) -> &'static str {
         RC_INITIALIZE => ": it was not started up; the firmware does that, and swtpm with --flags startup-clear",
         RC_NV_SPACE => ": it has no room for another index; remove one (tpm2_nvundefine)",
         RC_NV_DEFINED => ": the index is there already; somebody defined it at this moment",
+        RC_OBJECT_MEMORY => ": other programs hold all of its room for objects; use /dev/tpmrm0",
         RC_SESSION_MEMORY | RC_SESSION_HANDLES => ": other programs hold all of its sessions; use /dev/tpmrm0",
         RC_LOCKOUT => ": it is locked after wrong authorizations",
         code if RC_BUSY.contains(&code) => ": it stayed busy",
@@ -104,6 +108,8 @@ fn meaning(code: u32) -> &'static str {
 pub struct Tpm {
     transport: Transport,
     session: Option<Session>,
+    /// The objects that we loaded.
+    objects: Vec<u32>,
 }
 
 impl std::fmt::Debug for Tpm {
@@ -118,7 +124,7 @@ impl Tpm {
     /// # Errors
     /// [`TpmError::Transport`].
     pub fn open(address: &TpmAddress) -> Result<Self, TpmError> {
-        Ok(Self { transport: Transport::open(address)?, session: None })
+        Ok(Self { transport: Transport::open(address)?, session: None, objects: Vec::new() })
     }
 
     /// Gives the session back.
@@ -130,6 +136,7 @@ impl Tpm {
 
     /// Forgets a session or an object. One that stays only takes room, and that is made where it is missing: nobody needs to know.
     pub fn flush(&mut self, handle: u32) {
+        self.objects.retain(|object| *object != handle);
         let command = session::plain(session::FLUSH_CONTEXT, &handle.to_be_bytes());
         if let Err(error) = self.transport.exchange(&command) {
             tracing::debug!(%error, "a session or an object of the TPM was not given back");
@@ -141,50 +148,89 @@ impl Tpm {
     /// # Errors
     /// [`TpmError`].
     pub fn authorized(&mut self, request: Request<'_>, auth: &[u8]) -> Result<Zeroizing<Vec<u8>>, TpmError> {
-        let command = request.command;
         let mut session = match self.session.take() {
             Some(session) => session,
-            None => self.start()?,
+            None => self.start(Kind::Hmac, None)?,
         };
-        let sent = session.authorize(request, auth);
-        let result = self.patient(command, &sent.bytes).and_then(|bytes| {
-            match response::parse(&bytes).map_err(|error| malformed(command, error))? {
-                Response::Sessions { parameters, nonce, attributes, hmac } => {
-                    let verified = session.verify(&sent, parameters, nonce, attributes, hmac);
-                    verified.map_err(|_| TpmError::Forged { command: command.name })?;
-                    Ok(Zeroizing::new(parameters.to_vec()))
-                }
-                Response::Plain(_) => Err(TpmError::Forged { command: command.name }),
-                Response::Refused(code) => Err(TpmError::Refused { command: command.name, code }),
-            }
-        });
+        let result = self.in_session(&mut session, request, auth);
         // Also after an error, for `end` to give it back.
         self.session = Some(session);
         result
     }
 
-    fn start(&mut self) -> Result<Session, TpmError> {
+    /// Carries out a command with authorization in a session; gives the parameters of the answer, which the TPM vouched for.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn in_session(
+        &mut self,
+        session: &mut Session,
+        request: Request<'_>,
+        auth: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+        let command = request.command;
+        let sent = session.authorize(request, auth);
+        let bytes = self.patient(command, &sent.bytes)?;
+        verified(session, &sent, command, response::parse(&bytes).map_err(|error| malformed(command, error))?)
+    }
+
+    /// As [`in_session`](Self::in_session), of a command that loads an object: gives its handle too, to be [flushed](Self::flush). It is the
+    /// one thing that the TPM does not vouch for.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn loading(
+        &mut self,
+        session: &mut Session,
+        request: Request<'_>,
+        auth: &[u8],
+    ) -> Result<(u32, Zeroizing<Vec<u8>>), TpmError> {
+        let command = request.command;
+        let sent = session.authorize(request, auth);
+        let bytes = self.patient(command, &sent.bytes)?;
+        let (handle, answer) = response::with_handle(&bytes).map_err(|error| malformed(command, error))?;
+        let parameters = verified(session, &sent, command, answer)?;
+        self.objects.push(handle);
+        Ok((handle, parameters))
+    }
+
+    /// Starts a session of one's own, to be [flushed](Self::flush).
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn start(&mut self, kind: Kind, salted: Option<&SaltKey>) -> Result<Session, TpmError> {
         let command = session::START_AUTH_SESSION;
+        let starting = session::start(kind, salted).map_err(|error| malformed(command, error))?;
         let full = |code| matches!(code, RC_SESSION_MEMORY | RC_SESSION_HANDLES);
-        let body = match self.sent(command, &session::start()) {
+        let body = match self.sent(command, &starting.bytes) {
             Err(TpmError::Refused { code, .. }) if full(code) => {
-                self.flush_left_over()?;
-                self.sent(command, &session::start())?
+                self.flush_left_over(FIRST_SESSION)?;
+                self.sent(command, &starting.bytes)?
             }
             result => result?,
         };
-        Session::started(&body).map_err(|error| malformed(command, error))
+        Session::started(&starting, &body).map_err(|error| malformed(command, error))
     }
 
-    /// Without a resource manager, processes that were killed leave sessions behind, and three are all that a TPM has room for. We hold
-    /// the TPM alone, so nobody uses those that are loaded now.
-    fn flush_left_over(&mut self) -> Result<(), TpmError> {
+    /// Makes room for objects: what others left behind is forgotten.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn make_room(&mut self) -> Result<(), TpmError> {
+        self.flush_left_over(FIRST_OBJECT)
+    }
+
+    /// Without a resource manager, processes that were killed leave sessions and objects behind, and three of each are all that a TPM has room
+    /// for. We hold the TPM alone, so nobody uses those that are loaded now and are not ours.
+    fn flush_left_over(&mut self, first: u32) -> Result<(), TpmError> {
         let command = session::GET_CAPABILITY;
-        let body = Writer::default().long(1).long(FIRST_SESSION).long(SESSIONS).done();
+        let body = Writer::default().long(1).long(first).long(SESSIONS).done();
         let body = self.plain(command, &body)?;
         let handles = response::handles(&body).map_err(|error| malformed(command, error))?;
-        for handle in handles.into_iter().filter(|handle| handle >> 24 == FIRST_SESSION >> 24) {
-            self.flush(handle);
+        for handle in handles.into_iter().filter(|handle| handle >> 24 == first >> 24) {
+            if !self.objects.contains(&handle) {
+                self.flush(handle);
+            }
         }
         Ok(())
     }
@@ -215,6 +261,42 @@ impl Tpm {
         }
     }
 
+    /// Carries out a command that an empty password and a policy authorize; gives the parameters of the answer, which anybody may have given.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn by_password_and_policy(
+        &mut self,
+        command: Command,
+        handles: [u32; 2],
+        policy: &Session,
+        parameters: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+        let bytes = session::by_password_and_policy(command, handles, policy, parameters);
+        let answer = self.patient(command, &bytes)?;
+        match response::with_two_sessions(&answer).map_err(|error| malformed(command, error))? {
+            Ok(parameters) => Ok(Zeroizing::new(parameters.to_vec())),
+            Err(code) => Err(TpmError::Refused { command: command.name, code }),
+        }
+    }
+
+    /// Lets a policy know that the authorization of a hierarchy, an empty password, was given.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn policy_secret(&mut self, hierarchy: u32, policy: &Session) -> Result<(), TpmError> {
+        let command = session::POLICY_SECRET;
+        // No nonce, no hash of a command, no reference, no end.
+        let parameters = Writer::default().sized(&[]).sized(&[]).sized(&[]).long(0).done();
+        let bytes = session::by_empty_password_about(command, hierarchy, policy.handle, &parameters);
+        let answer = self.patient(command, &bytes)?;
+        match response::parse(&answer).map_err(|error| malformed(command, error))? {
+            Response::Sessions { .. } => Ok(()),
+            Response::Plain(_) => Err(malformed(command, WireError::Wrong("tag"))),
+            Response::Refused(code) => Err(TpmError::Refused { command: command.name, code }),
+        }
+    }
+
     /// Makes a primary key of a hierarchy with an empty password; gives its handle, to be [flushed](Self::flush), and the parameters of
     /// the answer.
     ///
@@ -222,10 +304,19 @@ impl Tpm {
     /// [`TpmError`].
     pub fn create_primary(&mut self, hierarchy: u32, parameters: &[u8]) -> Result<(u32, Vec<u8>), TpmError> {
         let command = session::CREATE_PRIMARY;
-        let bytes = self.transport.exchange(&session::by_empty_password(command, hierarchy, parameters))?;
-        match response::with_handle(&bytes).map_err(|error| malformed(command, error))? {
-            Ok((handle, parameters)) => Ok((handle, parameters.to_vec())),
-            Err(code) => Err(TpmError::Refused { command: command.name, code }),
+        let bytes = session::by_empty_password(command, hierarchy, parameters);
+        let mut answer = self.patient(command, &bytes)?;
+        if response::code(&answer) == Ok(RC_OBJECT_MEMORY) {
+            self.flush_left_over(FIRST_OBJECT)?;
+            answer = self.patient(command, &bytes)?;
+        }
+        match response::with_handle(&answer).map_err(|error| malformed(command, error))? {
+            (_, Response::Refused(code)) => Err(TpmError::Refused { command: command.name, code }),
+            (_, Response::Plain(_)) => Err(malformed(command, WireError::Wrong("tag"))),
+            (handle, Response::Sessions { parameters, .. }) => {
+                self.objects.push(handle);
+                Ok((handle, parameters.to_vec()))
+            }
         }
     }
 
@@ -243,13 +334,28 @@ impl Tpm {
         let begin = Instant::now();
         loop {
             let answer = self.transport.exchange(bytes)?;
-            match response::parse(&answer).map_err(|error| malformed(command, error))? {
-                Response::Refused(code) if RC_BUSY.contains(&code) && begin.elapsed() < BUSY_PATIENCE => {
-                    thread::sleep(BUSY_PAUSE);
-                }
-                _ => return Ok(answer),
+            let code = response::code(&answer).map_err(|error| malformed(command, error))?;
+            if !RC_BUSY.contains(&code) || begin.elapsed() >= BUSY_PATIENCE {
+                return Ok(answer);
             }
+            thread::sleep(BUSY_PAUSE);
         }
+    }
+}
+
+/// The parameters of an answer that the TPM gave to that very command.
+fn verified(
+    session: &mut Session,
+    sent: &Authorized,
+    command: Command,
+    answer: Response<'_>,
+) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+    match answer {
+        Response::Sessions { parameters, nonce, attributes, hmac } => session
+            .verify(sent, parameters, nonce, attributes, hmac)
+            .map_err(|_| TpmError::Forged { command: command.name }),
+        Response::Plain(_) => Err(TpmError::Forged { command: command.name }),
+        Response::Refused(code) => Err(TpmError::Refused { command: command.name, code }),
     }
 }
 

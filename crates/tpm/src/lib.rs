@@ -5,6 +5,7 @@
 //! | [`Tpm`] | a TPM, held alone: commands, with patience |
 //! | [`session`] | commands, marshalled; HMAC sessions |
 //! | [`response`] | responses, parsed: pure functions over bytes that come from anywhere |
+//! | [`seal`] | secrets that one TPM opens, while its PCRs hold what they held |
 //! | `transport` | how the bytes get there and back |
 //!
 //! Invariants: a TPM is held alone while it is talked to; whatever comes from it is parsed with limits; what counts is vouched for by an
@@ -12,6 +13,7 @@
 
 mod device;
 pub mod response;
+pub mod seal;
 pub mod session;
 mod transport;
 

@@ -107,6 +107,23 @@ impl<'a> Reader<'a> {
         self.take(length.into(), what)
     }
 
+    /// The parameters of an answer that has sessions.
+    fn parameters(&mut self) -> Result<&'a [u8], WireError> {
+        let length = self.long("the length of its parameters")?;
+        let length = usize::try_from(length).map_err(|_| WireError::Wrong("length of its parameters"))?;
+        self.take(length, "its parameters")
+    }
+
+    /// The parameters, and what the one session says of them.
+    fn with_session(mut self) -> Result<Response<'a>, WireError> {
+        let parameters = self.parameters()?;
+        let nonce = self.sized("the nonce")?;
+        let attributes = self.byte("the session's attributes")?;
+        let hmac = self.sized("the HMAC")?;
+        self.end("the HMAC")?;
+        Ok(Response::Sessions { parameters, nonce, attributes, hmac })
+    }
+
     fn end(self, what: &'static str) -> Result<(), WireError> {
         if self.rest.is_empty() { Ok(()) } else { Err(WireError::Long(what)) }
     }
@@ -146,49 +163,70 @@ pub fn parse(bytes: &[u8]) -> Result<Response<'_>, WireError> {
         (TAG_TPM12, _) => Err(WireError::Tpm12),
         (TAG_PLAIN, 0) => Ok(Response::Plain(reader.rest)),
         (TAG_PLAIN, code) => reader.end("an error").map(|()| Response::Refused(code)),
-        (TAG_SESSIONS, 0) => {
-            let length = reader.long("the length of its parameters")?;
-            let length = usize::try_from(length).map_err(|_| WireError::Wrong("length of its parameters"))?;
-            let parameters = reader.take(length, "its parameters")?;
-            let nonce = reader.sized("the nonce")?;
-            let attributes = reader.byte("the session's attributes")?;
-            let hmac = reader.sized("the HMAC")?;
-            reader.end("the HMAC")?;
-            Ok(Response::Sessions { parameters, nonce, attributes, hmac })
-        }
+        (TAG_SESSIONS, 0) => reader.with_session(),
         _ => Err(WireError::Wrong("tag")),
     }
 }
 
-/// Takes the response to a command apart that gives a handle and has sessions: the handle, and the parameters.
+/// The code of a response, by its header alone; 0 where all went well.
 ///
 /// # Errors
 /// [`WireError`]
-pub fn with_handle(bytes: &[u8]) -> Result<Result<(u32, &[u8]), u32>, WireError> {
+pub fn code(bytes: &[u8]) -> Result<u32, WireError> {
+    let header = bytes.first_chunk::<HEADER_LEN>().ok_or(WireError::Short("its header"))?;
+    length(header)?;
+    let mut reader = Reader { rest: header };
+    let tag = reader.short("its header")?;
+    reader.long("its header")?;
+    match tag {
+        TAG_TPM12 => Err(WireError::Tpm12),
+        _ => reader.long("its header"),
+    }
+}
+
+/// Takes the response to a command apart that gives a handle and has sessions: the handle, and the rest as [`parse`] gives it. What went
+/// wrong has no handle, and 0 for it.
+///
+/// # Errors
+/// [`WireError`]
+pub fn with_handle(bytes: &[u8]) -> Result<(u32, Response<'_>), WireError> {
+    if code(bytes)? != 0 {
+        return Ok((0, parse(bytes)?));
+    }
     let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>().ok_or(WireError::Short("its header"))?;
     if length(header)? != bytes.len() {
         return Err(WireError::Wrong("length"));
     }
-    let mut reader = Reader { rest: header };
-    let tag = reader.short("its header")?;
-    reader.long("its header")?;
-    let code = reader.long("its header")?;
-    let mut reader = Reader { rest };
-    match (tag, code) {
-        (TAG_PLAIN, code) if code != 0 => reader.end("an error").map(|()| Err(code)),
-        (TAG_SESSIONS, 0) => {
-            let handle = reader.long("the handle")?;
-            let length = reader.long("the length of its parameters")?;
-            let length = usize::try_from(length).map_err(|_| WireError::Wrong("length of its parameters"))?;
-            let parameters = reader.take(length, "its parameters")?;
-            reader.sized("the nonce")?;
-            reader.byte("the session's attributes")?;
-            reader.sized("the HMAC")?;
-            reader.end("the HMAC")?;
-            Ok(Ok((handle, parameters)))
-        }
-        _ => Err(WireError::Wrong("tag")),
+    if header.first_chunk() != Some(&TAG_SESSIONS.to_be_bytes()) {
+        return Err(WireError::Wrong("tag"));
     }
+    let mut reader = Reader { rest };
+    let handle = reader.long("the handle")?;
+    Ok((handle, reader.with_session()?))
+}
+
+/// Takes the response to a command apart that had two sessions, whose HMACs are not looked at: the parameters.
+///
+/// # Errors
+/// [`WireError`]
+pub fn with_two_sessions(bytes: &[u8]) -> Result<Result<&[u8], u32>, WireError> {
+    match code(bytes)? {
+        0 => {}
+        code => return parse(bytes).map(|_| Err(code)),
+    }
+    let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>().ok_or(WireError::Short("its header"))?;
+    if length(header)? != bytes.len() {
+        return Err(WireError::Wrong("length"));
+    }
+    let mut reader = Reader { rest };
+    let parameters = reader.parameters()?;
+    for _ in 0..2 {
+        reader.sized("the nonce")?;
+        reader.byte("the session's attributes")?;
+        reader.sized("the HMAC")?;
+    }
+    reader.end("the HMAC")?;
+    Ok(Ok(parameters))
 }
 
 /// The first field of TPM2_CreatePrimary's parameters and of TPM2_ReadPublic's answer: the public area of a key. What follows is of no
@@ -295,6 +333,58 @@ pub fn pcrs(body: &[u8]) -> Result<(u32, Vec<&[u8]>), WireError> {
     }
 }
 
+/// What is particular to an ECC key that was made by `template`: its point. The template is the public area up to there.
+///
+/// # Errors
+/// [`WireError`]: it is not of that template.
+pub fn point<'a>(area: &'a [u8], template: &[u8]) -> Result<(&'a [u8], &'a [u8]), WireError> {
+    let rest = area.strip_prefix(template).ok_or(WireError::Wrong("public area: it is not what was asked for"))?;
+    let mut reader = Reader { rest };
+    let point = (reader.sized("the public area")?, reader.sized("the public area")?);
+    reader.end("the public area")?;
+    Ok(point)
+}
+
+/// What is particular to an RSA key that was made by `template`: its modulus.
+///
+/// # Errors
+/// [`WireError`]: it is not of that template.
+pub fn modulus<'a>(area: &'a [u8], template: &[u8]) -> Result<&'a [u8], WireError> {
+    let rest = area.strip_prefix(template).ok_or(WireError::Wrong("public area: it is not what was asked for"))?;
+    let mut reader = Reader { rest };
+    let modulus = reader.sized("the public area")?;
+    reader.end("the public area")?;
+    Ok(modulus)
+}
+
+/// The parameters of the answer to TPM2_Create: the private area, encrypted by the parent, and the public one. What follows is about how
+/// the object came to be.
+///
+/// # Errors
+/// [`WireError`]
+pub fn created(parameters: &[u8]) -> Result<(&[u8], &[u8]), WireError> {
+    let mut reader = Reader { rest: parameters };
+    let made = (reader.sized("the private area")?, reader.sized("the public area")?);
+    reader.sized("the creation data")?;
+    reader.sized("the creation hash")?;
+    reader.short("the creation ticket")?;
+    reader.long("the creation ticket")?;
+    reader.sized("the creation ticket")?;
+    reader.end("the creation ticket")?;
+    Ok(made)
+}
+
+/// The parameters of an answer that are one field of bytes: the name of TPM2_Load, the secrets of TPM2_Unseal and TPM2_ActivateCredential.
+///
+/// # Errors
+/// [`WireError`]
+pub fn one_field(parameters: &[u8]) -> Result<&[u8], WireError> {
+    let mut reader = Reader { rest: parameters };
+    let field = reader.sized("its only field")?;
+    reader.end("its only field")?;
+    Ok(field)
+}
+
 /// The body of the answer to TPM2_StartAuthSession: the session, and the TPM's nonce.
 ///
 /// # Errors
@@ -304,8 +394,8 @@ pub fn started_session(body: &[u8]) -> Result<(u32, &[u8]), WireError> {
     let handle = reader.long("the session")?;
     let nonce = reader.sized("the nonce")?;
     reader.end("the nonce")?;
-    // 0x02: HMAC sessions. 16 bytes is the least that the standard lets a nonce have.
-    if handle >> 24 != 0x02 || nonce.len() < 16 {
+    // 0x02: HMAC sessions; 0x03: policies. 16 bytes is the least that the standard lets a nonce have.
+    if !matches!(handle >> 24, 0x02 | 0x03) || nonce.len() < 16 {
         return Err(WireError::Wrong("session"));
     }
     Ok((handle, nonce))
@@ -403,7 +493,7 @@ mod tests {
     fn bodies_are_checked() {
         let session = [&[2, 0, 0, 0, 0, 16][..], &[9; 16]].concat();
         assert_eq!(started_session(&session), Ok((0x0200_0000, &[9; 16][..])));
-        assert!(started_session(&[&[3][..], &session[1..]].concat()).is_err());
+        assert!(started_session(&[&[4][..], &session[1..]].concat()).is_err());
         assert!(started_session(&[2, 0, 0, 0, 0, 1, 9]).is_err());
         assert!(handles(&[0, 0, 0, 0, 1, 255, 255, 255, 255, 0]).is_err());
         assert_eq!(handles(&[0, 0, 0, 0, 1, 0, 0, 0, 1, 2, 0, 0, 5]), Ok(vec![0x0200_0005]));

@@ -7,13 +7,20 @@
 //! HMAC   = HMAC-SHA256(authValue, hash ‖ nonce of who speaks ‖ nonce of who listens ‖ attributes)
 //! ```
 //!
-//! Sessions are neither bound nor salted, so the session key is empty and the HMAC's key is the authValue alone: it is 32 random bytes
-//! for an index. Nonces are fresh in each direction, so an answer belongs to one command.
+//! Sessions are not bound. The key of the HMAC is the session's key, which is empty unless the session is salted, and the authValue, which is
+//! 32 random bytes for an index. Nonces are fresh in each direction, so an answer belongs to one command.
 //!
-//! The first parameter can be hidden (XOR obfuscation, §21.2): it is XORed with KDFa(authValue, "XOR", our nonce, the TPM's).
+//! A salt is agreed upon with a key that the TPM has (P-256, §24.6.1 and part 1 annex C.6.1), so that only that TPM knows the session's key:
+//!
+//! ```text
+//! salt = KDFe(Z.x, "SECRET", our x, its x)        session's key = KDFa(salt, "ATH", its nonce, ours)
+//! ```
+//!
+//! The first parameter of a command or of its answer can be hidden (XOR obfuscation, §21.2): it is XORed with
+//! KDFa(session's key ‖ authValue, "XOR", nonce of who speaks, nonce of who listens).
 
 use nacre_core::SecretBytes;
-use ring::{digest, hmac};
+use ring::{agreement, digest, hmac, rand::SystemRandom};
 use zeroize::Zeroizing;
 
 use crate::response::{self, WireError};
@@ -42,6 +49,18 @@ pub const NV_READ_PUBLIC: Command = Command { code: 0x0169, name: "TPM2_NV_ReadP
 pub const START_AUTH_SESSION: Command = Command { code: 0x0176, name: "TPM2_StartAuthSession" };
 /// What the TPM has.
 pub const GET_CAPABILITY: Command = Command { code: 0x017a, name: "TPM2_GetCapability" };
+/// Makes an object below a key.
+pub const CREATE: Command = Command { code: 0x0153, name: "TPM2_Create" };
+/// Loads what TPM2_Create made.
+pub const LOAD: Command = Command { code: 0x0157, name: "TPM2_Load" };
+/// Gives a sealed secret.
+pub const UNSEAL: Command = Command { code: 0x015e, name: "TPM2_Unseal" };
+/// Proves that two keys are of one TPM.
+pub const ACTIVATE_CREDENTIAL: Command = Command { code: 0x0147, name: "TPM2_ActivateCredential" };
+/// Lets a policy be fulfilled by the authorization of something.
+pub const POLICY_SECRET: Command = Command { code: 0x0151, name: "TPM2_PolicySecret" };
+/// Lets a policy be fulfilled by what PCRs hold.
+pub const POLICY_PCR: Command = Command { code: 0x017f, name: "TPM2_PolicyPCR" };
 /// Makes a key from a hierarchy's seed.
 pub const CREATE_PRIMARY: Command = Command { code: 0x0131, name: "TPM2_CreatePrimary" };
 /// Signs PCRs.
@@ -65,6 +84,8 @@ const NONCE_LEN: usize = 32;
 const CONTINUE: u8 = 0x01;
 /// The command's first parameter is hidden.
 const DECRYPT: u8 = 0x20;
+/// The answer's first parameter is hidden.
+const ENCRYPT: u8 = 0x40;
 
 /// Numbers and byte strings as a TPM wants them.
 #[derive(Default)]
@@ -124,10 +145,100 @@ pub fn by_empty_password(command: Command, handle: u32, parameters: &[u8]) -> Ze
     framed(TAG_SESSIONS, command, &Writer::default().long(handle).long(length).raw(&area).raw(parameters).done())
 }
 
-/// The command that starts a session.
-pub fn start() -> Zeroizing<Vec<u8>> {
-    let body = Writer::default().long(RH_NULL).long(RH_NULL).sized(&nonce()).sized(&[]).byte(0);
-    plain(START_AUTH_SESSION, &body.short(ALG_XOR).short(ALG_SHA256).short(ALG_SHA256).done())
+/// What a session is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Authorization by a secret.
+    Hmac = 0,
+    /// Authorization by a policy.
+    Policy = 1,
+}
+
+/// A key of the TPM's that a salt is agreed upon with: P-256.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SaltKey {
+    /// Its handle.
+    pub handle: u32,
+    /// The point.
+    pub x: Vec<u8>,
+    /// The point.
+    pub y: Vec<u8>,
+}
+
+/// A session that is about to start.
+pub struct Starting {
+    /// What is sent.
+    pub bytes: Zeroizing<Vec<u8>>,
+    nonce: [u8; NONCE_LEN],
+    salt: Zeroizing<Vec<u8>>,
+}
+
+/// The command that starts a session, salted where there is a key for that.
+///
+/// # Errors
+/// [`WireError`]: the key is no point of P-256.
+pub fn start(kind: Kind, salted: Option<&SaltKey>) -> Result<Starting, WireError> {
+    let nonce = nonce();
+    let (key, salt, secret) = match salted {
+        Some(key) => {
+            let (salt, secret) = salt(key)?;
+            (key.handle, salt, secret)
+        }
+        None => (RH_NULL, Zeroizing::default(), Zeroizing::default()),
+    };
+    let body = Writer::default().long(key).long(RH_NULL).sized(&nonce).sized(&secret).byte(kind as u8);
+    let bytes = plain(START_AUTH_SESSION, &body.short(ALG_XOR).short(ALG_SHA256).short(ALG_SHA256).done());
+    Ok(Starting { bytes, nonce, salt })
+}
+
+/// A salt, and our half of how the TPM comes to it.
+fn salt(key: &SaltKey) -> Result<(Secret, Secret), WireError> {
+    let wrong = || WireError::Wrong("key: it is no point of P-256");
+    let ours = agreement::EphemeralPrivateKey::generate(&agreement::ECDH_P256, &SystemRandom::new());
+    let Ok(ours) = ours else { unreachable!("the system has random numbers") };
+    let Ok(public) = ours.compute_public_key() else { unreachable!("a private key has a public half") };
+    let (x, y) = public.as_ref().get(1..).and_then(|point| point.split_at_checked(32)).ok_or_else(wrong)?;
+    let padded = |number: &[u8]| Some([&vec![0; usize::checked_sub(32, number.len())?][..], number].concat());
+    let (theirs_x, theirs_y) = padded(&key.x).zip(padded(&key.y)).ok_or_else(wrong)?;
+    let theirs = agreement::UnparsedPublicKey::new(&agreement::ECDH_P256, [&[4][..], &theirs_x, &theirs_y].concat());
+    let salt = agreement::agree_ephemeral(ours, &theirs, |z| kdfe(z, b"SECRET\0", x, &key.x)).map_err(|_| wrong())?;
+    Ok((salt, Writer::default().sized(x).sized(y).done()))
+}
+
+/// KDFe with SHA-256, of as many bits.
+fn kdfe(z: &[u8], label: &[u8], ours: &[u8], theirs: &[u8]) -> Zeroizing<Vec<u8>> {
+    let hash = digest::digest(&digest::SHA256, &Zeroizing::new([&[0, 0, 0, 1], z, label, ours, theirs].concat()));
+    Zeroizing::new(hash.as_ref().to_vec())
+}
+
+/// KDFa with HMAC-SHA256, of 256 bits.
+fn kdfa(key: &[u8], label: &[u8], newer: &[u8], older: &[u8]) -> Zeroizing<Vec<u8>> {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
+    let message = [&[0, 0, 0, 1], label, newer, older, &256_u32.to_be_bytes()].concat();
+    Zeroizing::new(hmac::sign(&key, &message).as_ref().to_vec())
+}
+
+/// A command with a password that is empty for its first handle, and a policy session, which needs no HMAC, for its second one.
+pub fn by_password_and_policy(
+    command: Command,
+    handles: [u32; 2],
+    policy: &Session,
+    parameters: &[u8],
+) -> Zeroizing<Vec<u8>> {
+    let area = Writer::default().long(RS_PW).sized(&[]).byte(0).sized(&[]);
+    let area = area.long(policy.handle).sized(&[]).byte(CONTINUE).sized(&[]).done();
+    let Ok(length) = u32::try_from(area.len()) else { unreachable!("the area of two sessions is small") };
+    let [first, second] = handles;
+    let body = Writer::default().long(first).long(second).long(length).raw(&area).raw(parameters).done();
+    framed(TAG_SESSIONS, command, &body)
+}
+
+/// A command that an empty password authorizes and that is about another handle too, as a policy.
+pub fn by_empty_password_about(command: Command, handle: u32, about: u32, parameters: &[u8]) -> Zeroizing<Vec<u8>> {
+    let area = Writer::default().long(RS_PW).sized(&[]).byte(0).sized(&[]).done();
+    let Ok(length) = u32::try_from(area.len()) else { unreachable!("the area of one password is small") };
+    let body = Writer::default().long(handle).long(about).long(length).raw(&area).raw(parameters).done();
+    framed(TAG_SESSIONS, command, &body)
 }
 
 fn nonce() -> [u8; NONCE_LEN] {
@@ -145,6 +256,9 @@ pub struct Handle<'a> {
     pub name: &'a [u8],
 }
 
+/// Bytes that are forgotten after their use.
+type Secret = Zeroizing<Vec<u8>>;
+
 /// What is sent: the handles (the first one is the one whose authorization is needed), and the parameters.
 pub struct Request<'a> {
     /// Which command.
@@ -157,6 +271,8 @@ pub struct Request<'a> {
     pub hidden: Option<SecretBytes>,
     /// The parameters, but for the hidden one.
     pub parameters: Zeroizing<Vec<u8>>,
+    /// Whether the first parameter of the answer has to be hidden.
+    pub reveal: bool,
 }
 
 /// A session that the TPM has.
@@ -165,6 +281,8 @@ pub struct Session {
     pub handle: u32,
     /// The TPM's last nonce.
     nonce: Vec<u8>,
+    /// Empty where it is not salted.
+    key: Zeroizing<Vec<u8>>,
 }
 
 /// A command that was authorized, and what its answer will be checked with.
@@ -174,6 +292,7 @@ pub struct Authorized {
     command: Command,
     nonce: [u8; NONCE_LEN],
     key: hmac::Key,
+    reveal: bool,
 }
 
 impl Session {
@@ -181,16 +300,20 @@ impl Session {
     ///
     /// # Errors
     /// [`WireError`].
-    pub fn started(body: &[u8]) -> Result<Self, WireError> {
+    pub fn started(starting: &Starting, body: &[u8]) -> Result<Self, WireError> {
         let (handle, nonce) = response::started_session(body)?;
-        Ok(Self { handle, nonce: nonce.to_vec() })
+        let key = match starting.salt.is_empty() {
+            true => Zeroizing::default(),
+            false => kdfa(&starting.salt, b"ATH\0", nonce, &starting.nonce),
+        };
+        Ok(Self { handle, nonce: nonce.to_vec(), key })
     }
 
     /// Authorizes a command by who knows `auth`.
     pub fn authorize(&self, request: Request<'_>, auth: &[u8]) -> Authorized {
         let nonce = nonce();
-        let key = hmac::Key::new(hmac::HMAC_SHA256, auth);
-        let mut attributes = CONTINUE;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &Zeroizing::new([&self.key[..], auth].concat()));
+        let mut attributes = if request.reveal { CONTINUE | ENCRYPT } else { CONTINUE };
         let mut parameters = Writer::default();
         if let Some(hidden) = request.hidden {
             attributes |= DECRYPT;
@@ -209,11 +332,12 @@ impl Session {
         let area = Writer::default().long(self.handle).sized(&nonce).byte(attributes).sized(tag.as_ref()).done();
         let Ok(length) = u32::try_from(area.len()) else { unreachable!("the area of one session is small") };
         let body = body.long(length).raw(&area).raw(&parameters).done();
-        Authorized { bytes: framed(TAG_SESSIONS, request.command, &body), command: request.command, nonce, key }
+        let (command, reveal) = (request.command, request.reveal);
+        Authorized { bytes: framed(TAG_SESSIONS, command, &body), command, nonce, key, reveal }
     }
 
-    /// Whether the TPM answered to that very command; then the session goes on with its new nonce. Only after this are the
-    /// parameters of the answer worth reading.
+    /// Whether the TPM answered to that very command; then the session goes on with its new nonce. Gives the parameters of the answer, the
+    /// first one as it is where it was hidden.
     ///
     /// # Errors
     /// [`Forged`].
@@ -224,7 +348,7 @@ impl Session {
         nonce: &[u8],
         attributes: u8,
         tag: &[u8],
-    ) -> Result<(), Forged> {
+    ) -> Result<Zeroizing<Vec<u8>>, Forged> {
         let mut hash = digest::Context::new(&digest::SHA256);
         hash.update(&[0; 4]);
         hash.update(&sent.command.code.to_be_bytes());
@@ -232,7 +356,15 @@ impl Session {
         let message = [hash.finish().as_ref(), nonce, &sent.nonce, &[attributes]].concat();
         hmac::verify(&sent.key, &message, tag).map_err(|_| Forged)?;
         self.nonce = nonce.to_vec();
-        Ok(())
+        let mut parameters = Zeroizing::new(parameters.to_vec());
+        if sent.reveal {
+            // A field with its length, which is not hidden.
+            let (length, rest) = parameters.split_first_chunk_mut::<2>().ok_or(Forged)?;
+            let hidden = rest.get_mut(..usize::from(u16::from_be_bytes(*length))).ok_or(Forged)?;
+            let plain = xor(&sent.key, nonce, &sent.nonce, hidden);
+            hidden.copy_from_slice(&plain);
+        }
+        Ok(parameters)
     }
 }
 
@@ -278,13 +410,14 @@ mod tests {
 
     #[test]
     fn an_answer_to_another_command_is_forged() {
-        let mut session = Session { handle: 0x0200_0000, nonce: vec![1; 32] };
+        let mut session = Session { handle: 0x0200_0000, nonce: vec![1; 32], key: Zeroizing::default() };
         let request = || Request {
             command: NV_READ,
             handles: [Handle { handle: 1, name: b"n" }, Handle { handle: 1, name: b"n" }],
             count: 2,
             hidden: None,
             parameters: Zeroizing::new(vec![]),
+            reveal: false,
         };
         let sent = session.authorize(request(), b"auth");
         let answer = |sent: &Authorized, parameters: &[u8], attributes: u8| {

@@ -92,6 +92,7 @@ impl Index {
             count: 1,
             hidden: Some(SecretBytes::new(keys.auth.expose().to_vec())),
             parameters: Writer::default().sized(&public).done(),
+            reveal: false,
         };
         self.0.authorized(request, owner.expose())?;
         Ok(found(index, ATTRIBUTES))
@@ -105,6 +106,7 @@ impl Index {
             count: 2,
             hidden: None,
             parameters: Zeroizing::default(),
+            reveal: false,
         };
         self.0.authorized(request, owner.expose()).map(|_| ())
     }
@@ -139,7 +141,8 @@ impl Index {
         parameters: Zeroizing<Vec<u8>>,
     ) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let handle = || Handle { handle: index.number(), name: &found.0.name };
-        let request = Request { command, handles: [handle(), handle()], count: 2, hidden: None, parameters };
+        let request =
+            Request { command, handles: [handle(), handle()], count: 2, hidden: None, parameters, reveal: false };
         self.0.authorized(request, auth.expose()).map_err(|error| match error {
             TpmError::Refused { command, code } if matches!(kind(code), RC_AUTH_FAIL | RC_BAD_AUTH) => {
                 Failure::NotOurs { command, code }
