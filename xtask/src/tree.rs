@@ -41,6 +41,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "nacre-oci",
             "nacre-registry",
             "nacre-sys",
+            "nacre-tpm",
             "nacre-verify",
         ],
     ),

@@ -2,7 +2,7 @@
 
 use nacre_anchor::SpecError;
 use nacre_attest::{client::ClientError, eventlog::LogError, evidence::EvidenceError};
-use nacre_broker::BrokerError;
+use nacre_broker::{BrokerError, MasterKeyError};
 use nacre_core::{AnchorError, BlockError, KeySourceError, UriError};
 use nacre_disk::DiskError;
 use nacre_export::{
@@ -25,6 +25,7 @@ use nacre_oci::{
     source::TransportError,
     trust::TrustError,
 };
+use nacre_tpm::seal::SealError;
 use nacre_verify::{CacheError, ImportError};
 
 use crate::{
@@ -145,6 +146,7 @@ fn class(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
                 Some(Exit::NotTrusted)
             }
             BrokerError::Invalid(_) | BrokerError::Policy(_) => Some(Exit::Usage),
+            BrokerError::Master(error) => Some(master_key(error)),
             _ => None,
         };
     }
@@ -295,6 +297,18 @@ fn key_source(error: &KeySourceError) -> Exit {
         KeySourceError::Denied { .. } => Exit::NotTrusted,
         // No answer is a matter of the network; a refused attestation is none.
         KeySourceError::Failed { source, .. } => source.downcast_ref::<ClientError>().map_or(Exit::Io, client),
+    }
+}
+
+/// A device that fails, or one that says that what it should open is not its own.
+fn master_key(error: &MasterKeyError) -> Exit {
+    match error {
+        MasterKeyError::Device { source, .. } => match source.downcast_ref::<SealError>() {
+            Some(SealError::Tpm(error)) if !error.is_distrust() => Exit::Io,
+            Some(_) => Exit::NotTrusted,
+            None => Exit::Io,
+        },
+        MasterKeyError::Wrong { .. } => Exit::NotTrusted,
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) enum BrokerCommand {
         /// The file with the certificates of who signs the database's [default: the system's roots]
         #[arg(long, value_name = "FILE", requires = "database")]
         database_ca: Option<PathBuf>,
-        /// What seals the secrets: file:PATH, or an RSA key in a token by its pkcs11: URI
+        /// What seals the secrets: file:PATH, an RSA key in a token by its pkcs11: URI, or a TPM: tpm:WHERE[,pcrs=0+2+7][,owner-file=PATH]
         #[arg(long, value_name = "KEY", default_value = "file:master.key")]
         master_key: String,
     },
@@ -272,7 +272,7 @@ pub(crate) enum MasterCommand {
     },
     /// Seal by another master key from now on; a broker with an embedded database must not be running
     Rotate {
-        /// The new one: file:PATH (made where it is not there) or an RSA key in a token by its pkcs11: URI
+        /// The new one: file:PATH (made where it is not there), an RSA key in a token by its pkcs11: URI, or a TPM: tpm:WHERE[,pcrs=0+2+7][,owner-file=PATH]
         to: String,
         /// Let the old one open the database as well, until `forget`: for replicas that still have it
         #[arg(long)]

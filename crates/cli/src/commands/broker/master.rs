@@ -1,4 +1,4 @@
-//! `nacre broker master`, and master keys in tokens.
+//! `nacre broker master`, and master keys in tokens; those in TPMs are in `vault`.
 
 use std::sync::Arc;
 
@@ -6,13 +6,17 @@ use nacre_broker::{Broker, BrokerError, MasterKey, MasterKeyError};
 use nacre_core::{Digest, SecretArray, SecretBytes};
 use nacre_oci::crypt::pkcs11::{Hash, Packet, Recipient, TokenKey, wrap};
 
+use super::vault::InTpm;
 use crate::{args::broker::MasterCommand, output};
 
 /// Opens a master key that is no file.
 pub(super) fn open(name: &str) -> Result<Arc<dyn MasterKey>, BrokerError> {
-    match name.strip_prefix("pkcs11:") {
-        Some(_) => Ok(Arc::new(InToken::new(name)?)),
-        None => Err(BrokerError::Invalid(format!("master_key = '{name:.100}': write file:PATH or pkcs11:URI"))),
+    match name.split_once(':') {
+        Some(("pkcs11", _)) => Ok(Arc::new(InToken::new(name)?)),
+        Some(("tpm", _)) => Ok(Arc::new(InTpm::new(name)?)),
+        _ => Err(BrokerError::Invalid(format!(
+            "master_key = '{name:.100}': write file:PATH, pkcs11:URI or tpm:WHERE[,pcrs=0+2+7][,owner-file=PATH]"
+        ))),
     }
 }
 

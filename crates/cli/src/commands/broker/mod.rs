@@ -7,6 +7,7 @@ mod master;
 mod policy_test;
 mod reference;
 mod tenure;
+mod vault;
 
 use std::{
     io::Read as _,
