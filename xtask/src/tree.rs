@@ -23,7 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("nacre-guest", &["nacre-attest", "nacre-core", "nacre-lazy", "nacre-oci", "nacre-sys"]),
     ("nacre-lazyd", &["nacre-guest", "nacre-lazy", "nacre-sys"]),
     ("nacre-capi", &["nacre-core", "nacre-guest", "nacre-lazy", "nacre-oci"]),
-    ("nacre-verify", &["nacre-attest", "nacre-core"]),
+    ("nacre-verify", &["nacre-attest", "nacre-core", "nacre-tpm"]),
     ("nacre-broker", &["nacre-attest", "nacre-core", "nacre-sys", "nacre-verify"]),
     (
         "nacre-cli",

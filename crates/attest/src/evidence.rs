@@ -74,6 +74,11 @@ pub trait Attester: Send + Sync {
     /// The init data that the TEE was started with and that its evidence is bound to.
     fn init_data(&self) -> Option<&InitData>;
 
+    /// The TPM, where that is the TEE: its attestation key can be enrolled at a broker.
+    fn enrols(&self) -> Option<&crate::attesters::tpm::TpmAttester> {
+        None
+    }
+
     /// The event log that run-time events are recorded in, where the TEE has a register for them.
     fn runtime_log(&self) -> Option<&Arc<RuntimeLog>> {
         None

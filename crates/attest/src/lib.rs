@@ -9,6 +9,7 @@
 //! | [`snp_report`] | the report of SEV-SNP, in bytes and in JSON |
 //! | [`attesters`] | evidence from the devices of real TEEs |
 //! | [`sim`] | the simulated TEE, for demos and tests |
+//! | [`enrolment`] | the messages by which a TPM's attestation key becomes a known one |
 //! | [`ear`] | attestation results: EAR tokens |
 //! | [`client`] | the guest's side: attest, fetch keys, know the time |
 //! | [`offline`] | keys from files, for development |
@@ -19,6 +20,7 @@
 pub mod attesters;
 pub mod client;
 pub mod ear;
+pub mod enrolment;
 pub mod eventlog;
 pub mod evidence;
 pub mod initdata;

@@ -63,6 +63,14 @@ pub enum MessageError {
         /// What the parser says.
         source: serde_json::Error,
     },
+    /// A member that is none.
+    #[error("malformed {what}: {why}")]
+    Invalid {
+        /// The member.
+        what: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
     /// Another protocol version.
     #[error("protocol version '{0}' is not supported: {VERSION} and any other 0.x from 0.1 on are")]
     Version(String),

@@ -3,6 +3,7 @@
 use std::sync::{Arc, LazyLock};
 
 use nacre_attest::{
+    enrolment::{Candidate, Challenge},
     eventlog::{
         Bank,
         aael::{self, RuntimeEvent},
@@ -182,4 +183,27 @@ pub(crate) fn collaterals() -> Vec<Vec<u8>> {
         "-----BEGIN X509 CRL-----\nMAA=\n-----END X509 CRL-----\n",
         include_str!("../../verify/roots/intel-sgx-root.pem"),
     ])
+}
+
+/// A key that wants to be enrolled, as a message and as its parts; a challenge, as a guest gets it.
+pub(crate) fn enrolment(bytes: &[u8]) {
+    if let Ok(candidate) = Candidate::parse(bytes) {
+        assert_eq!(Candidate::parse(&candidate.to_json()).ok().as_ref(), Some(&candidate));
+    }
+    if let Ok(challenge) = Challenge::parse(bytes) {
+        assert_eq!(Challenge::parse(challenge.to_json().to_string().as_bytes()).ok().as_ref(), Some(&challenge));
+    }
+    nacre_verify::fuzzing::enrolment(bytes);
+}
+
+pub(crate) fn enrolments() -> Vec<Vec<u8>> {
+    let ek =
+        [&[0, 0x23, 0, 0x0b, 0, 3, 0, 0xb2, 0, 32][..], &[7; 32], &[0, 6, 0, 128, 0, 0x43, 0, 0x10, 0, 3, 0, 0x10]];
+    let ek = [&ek.concat(), &[0, 32][..], &[1; 32], &[0, 32], &[2; 32]].concat();
+    vec![
+        br#"{"ek_certificate":"MAA=","ek_public":"ACM=","ak_public":"ACM=","answer":"AAAA"}"#.to_vec(),
+        br#"{"enrolment":"a-b","credential":"ACA=","secret":"ACA="}"#.to_vec(),
+        ek,
+        b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n".to_vec(),
+    ]
 }

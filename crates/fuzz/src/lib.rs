@@ -85,6 +85,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "snp_evidence", run: evidence::snp_evidence, seeds: evidence::snp_evidences },
     Target { name: "quote", run: evidence::quote, seeds: evidence::quotes },
     Target { name: "tpm_evidence", run: evidence::tpm_evidence, seeds: evidence::tpm_evidences },
+    Target { name: "enrolment", run: evidence::enrolment, seeds: evidence::enrolments },
     Target { name: "collateral", run: evidence::collateral, seeds: evidence::collaterals },
 ];
 

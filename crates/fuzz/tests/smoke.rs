@@ -58,6 +58,7 @@ smoke!(
     snp_evidence,
     quote,
     tpm_evidence,
+    enrolment,
     collateral,
 );
 

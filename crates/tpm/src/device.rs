@@ -261,6 +261,26 @@ impl Tpm {
         }
     }
 
+    /// As [`by_empty_password`](Self::by_empty_password), of a command that is about another handle too.
+    ///
+    /// # Errors
+    /// [`TpmError`].
+    pub fn by_empty_password_about(
+        &mut self,
+        command: Command,
+        handle: u32,
+        about: u32,
+        parameters: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+        let bytes = session::by_empty_password_about(command, handle, about, parameters);
+        let answer = self.patient(command, &bytes)?;
+        match response::parse(&answer).map_err(|error| malformed(command, error))? {
+            Response::Sessions { parameters, .. } => Ok(Zeroizing::new(parameters.to_vec())),
+            Response::Plain(_) => Err(malformed(command, WireError::Wrong("tag"))),
+            Response::Refused(code) => Err(TpmError::Refused { command: command.name, code }),
+        }
+    }
+
     /// Carries out a command that an empty password and a policy authorize; gives the parameters of the answer, which anybody may have given.
     ///
     /// # Errors
@@ -288,13 +308,7 @@ impl Tpm {
         let command = session::POLICY_SECRET;
         // No nonce, no hash of a command, no reference, no end.
         let parameters = Writer::default().sized(&[]).sized(&[]).sized(&[]).long(0).done();
-        let bytes = session::by_empty_password_about(command, hierarchy, policy.handle, &parameters);
-        let answer = self.patient(command, &bytes)?;
-        match response::parse(&answer).map_err(|error| malformed(command, error))? {
-            Response::Sessions { .. } => Ok(()),
-            Response::Plain(_) => Err(malformed(command, WireError::Wrong("tag"))),
-            Response::Refused(code) => Err(TpmError::Refused { command: command.name, code }),
-        }
+        self.by_empty_password_about(command, hierarchy, policy.handle, &parameters).map(drop)
     }
 
     /// Makes a primary key of a hierarchy with an empty password; gives its handle, to be [flushed](Self::flush), and the parameters of

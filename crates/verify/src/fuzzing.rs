@@ -6,3 +6,9 @@ pub fn tpm(bytes: &[u8]) {
     let _ = std::str::from_utf8(bytes)
         .map(|text| (crate::dcap::tcb::TcbInfo::parse(text).is_ok(), crate::dcap::tcb::Identity::parse(text).is_ok()));
 }
+
+/// What a guest says of its TPM's keys, before a certificate vouches for any of it; the authorities of an operator.
+pub fn enrolment(bytes: &[u8]) {
+    let _ = crate::tpm::enrol::EkRoots::parse(bytes).is_ok();
+    crate::tpm::enrol::parse_areas(bytes);
+}

@@ -194,8 +194,13 @@ impl Cert {
 
     /// The certificates of a PEM text, at most eight.
     pub(crate) fn chain(pem: &[u8]) -> Result<Vec<Self>, CertError> {
+        Self::several(pem, MOST_CERTS)
+    }
+
+    /// The certificates of a PEM text, at most so many.
+    pub(crate) fn several(pem: &[u8], most: usize) -> Result<Vec<Self>, CertError> {
         let none = |why: &str| error("a chain of certificates", why);
-        if pem.len() > MOST_CERTS * LONGEST_CERT {
+        if pem.len() > most * LONGEST_CERT {
             return Err(none("it is too long"));
         }
         // Intel's chains end with a zero byte.
@@ -208,7 +213,7 @@ impl Cert {
             let base64: String = body.chars().filter(|c| !c.is_ascii_whitespace()).collect();
             let der = base64::Engine::decode(&base64::prelude::BASE64_STANDARD, base64);
             certs.push(Self::from_der(&der.map_err(|_| none("it is not PEM"))?)?);
-            if certs.len() > MOST_CERTS {
+            if certs.len() > most {
                 return Err(none("it has too many certificates"));
             }
             rest = after;
@@ -224,6 +229,21 @@ impl Cert {
     /// The key.
     pub(crate) fn key(&self) -> &Key {
         &self.key
+    }
+
+    /// `SubjectPublicKeyInfo`, DER.
+    pub(crate) fn spki(&self) -> der::Result<Vec<u8>> {
+        self.parsed.tbs_certificate.subject_public_key_info.to_der()
+    }
+
+    /// Whether it says that it issued itself.
+    pub(crate) fn is_own_issuer(&self) -> bool {
+        self.names_issuer(self)
+    }
+
+    /// Whether another certificate has the name of its issuer.
+    pub(crate) fn names_issuer(&self, issuer: &Self) -> bool {
+        self.parsed.tbs_certificate.issuer == issuer.parsed.tbs_certificate.subject
     }
 
     /// The subject's common name.
@@ -263,9 +283,14 @@ impl Cert {
 
     /// Whether it is in its time and has no critical extension that we do not understand.
     pub(crate) fn usable(&self, now: i64) -> Result<(), CertError> {
+        self.usable_understanding(now, &[])
+    }
+
+    fn usable_understanding(&self, now: i64, understood: &[ObjectIdentifier]) -> Result<(), CertError> {
         in_time(self.validity(), now).map_err(|why| error(self.name(), why))?;
         let unknown = self.extensions().find(|extension| {
-            extension.critical && ![BasicConstraints::OID, KeyUsage::OID].contains(&extension.extn_id)
+            let known = [BasicConstraints::OID, KeyUsage::OID].contains(&extension.extn_id);
+            extension.critical && !known && !understood.contains(&extension.extn_id)
         });
         match unknown {
             Some(extension) => {
@@ -278,7 +303,18 @@ impl Cert {
     /// Whether another certificate vouches for it, by one revocation list of the other's or none. The issuer itself has to be
     /// checked as well.
     pub(crate) fn issued_by(&self, issuer: &Self, now: i64, crl: Option<&VerifiedCrl>) -> Result<(), CertError> {
-        self.usable(now)?;
+        self.issued_by_understanding(issuer, now, &[])?;
+        self.not_revoked(issuer, crl)
+    }
+
+    /// As [`issued_by`](Self::issued_by) without a list, and with other critical extensions than those that everybody understands.
+    pub(crate) fn issued_by_understanding(
+        &self,
+        issuer: &Self,
+        now: i64,
+        understood: &[ObjectIdentifier],
+    ) -> Result<(), CertError> {
+        self.usable_understanding(now, understood)?;
         let fail = |why: String| Err(error(self.name(), why));
         if self.parsed.tbs_certificate.issuer != issuer.parsed.tbs_certificate.subject {
             return fail(format!("it is issued by {}, not by {}", self.issuer(), issuer.name()));
@@ -289,7 +325,7 @@ impl Cert {
         if !self.signed.holds(&issuer.key) {
             return fail(format!("its signature is not {}'s", issuer.name()));
         }
-        self.not_revoked(issuer, crl)
+        Ok(())
     }
 
     /// Whether a list of its issuer's does not name it.

@@ -6,9 +6,12 @@
 //! | [`sgx`] | SGX | Gramine's `/dev/attestation` |
 //! | [`tpm`] | TPM 2.0 | `/dev/tpmrm0`, or swtpm's socket |
 //!
+//! `enrol` has a TPM's attestation key enrolled.
+//!
 //! Init data that the TEE was not started with are an error when the attester is made: nobody would believe them, and what cannot be bound
 //! must not be used.
 
+mod enrol;
 pub mod sgx;
 pub mod snp;
 pub mod tdx;

@@ -35,7 +35,7 @@ const INIT_DATA_PCR: u32 = 8;
 const PCRS: u32 = 24;
 /// PCRs of one TPM2_PCR_Read: a TPM gives eight digests at most.
 const AT_ONCE: u32 = 8;
-const RH_ENDORSEMENT: u32 = 0x4000_000b;
+pub(super) const RH_ENDORSEMENT: u32 = 0x4000_000b;
 const ALG_NULL: u16 = 0x0010;
 const ALG_SHA256: u16 = 0x000b;
 const ALG_ECC: u16 = 0x0023;
@@ -109,28 +109,32 @@ impl TpmAttester {
     /// # Errors
     /// [`AttesterError`].
     pub fn ak_public(&self) -> Result<String, AttesterError> {
-        self.with_ak(|_, _, key| Ok(BASE64_STANDARD.encode(spki(key)?)))
+        self.with_ak(|_, _, area| Ok(BASE64_STANDARD.encode(spki(&key_of(area)?)?)))
     }
 
-    /// Does something with the key, in the TPM, which is held alone meanwhile.
-    fn with_ak<T>(
+    pub(super) fn address(&self) -> &TpmAddress {
+        &self.address
+    }
+
+    /// Does something with the key, its handle and its public area, in the TPM, which is held alone meanwhile.
+    pub(super) fn with_ak<T>(
         &self,
-        work: impl FnOnce(&mut Tpm, u32, &PublicKey) -> Result<T, AttesterError>,
+        work: impl FnOnce(&mut Tpm, u32, &[u8]) -> Result<T, AttesterError>,
     ) -> Result<T, AttesterError> {
         let mut tpm = Tpm::open(&self.address)?;
         let result = match self.ak {
             Ak::Persistent(handle) => {
                 let command = session::READ_PUBLIC;
                 let body = tpm.plain(command, &handle.to_be_bytes())?;
-                let area = response::public_area(&body).and_then(response::public_key);
-                work(&mut tpm, handle, &area.map_err(|error| malformed(command, error))?)
+                let area = response::public_area(&body).map_err(|error| malformed(command, error))?;
+                key_of(area)?;
+                work(&mut tpm, handle, area)
             }
             Ak::Primary => {
                 let (handle, parameters) = tpm.create_primary(RH_ENDORSEMENT, &ak_template())?;
-                let area = response::public_area(&parameters).and_then(response::public_key);
-                let result = area
+                let result = response::public_area(&parameters)
                     .map_err(|error| malformed(session::CREATE_PRIMARY, error).into())
-                    .and_then(|key| work(&mut tpm, handle, &key));
+                    .and_then(|area| key_of(area).and_then(|_| work(&mut tpm, handle, area)));
                 tpm.flush(handle);
                 result
             }
@@ -140,14 +144,14 @@ impl TpmAttester {
     }
 
     fn quote(&self, extra: &[u8]) -> Result<Value, AttesterError> {
-        self.with_ak(|tpm, handle, key| {
+        self.with_ak(|tpm, handle, area| {
             let pcrs = read_pcrs(tpm)?;
             let selection = Writer::default().long(1).short(ALG_SHA256).raw(&[3, 0xff, 0xff, 0xff]).done();
             let parameters = Writer::default().sized(extra).short(ALG_NULL).raw(&selection).done();
             let answer = tpm.by_empty_password(session::QUOTE, handle, &parameters)?;
             let (message, signature) = response::quoted(&answer).map_err(|error| malformed(session::QUOTE, error))?;
             Ok(json!({
-                "ak_public": BASE64_STANDARD.encode(spki(key)?),
+                "ak_public": BASE64_STANDARD.encode(spki(&key_of(area)?)?),
                 "tpm_quote": {
                     "message": BASE64_STANDARD.encode(message),
                     "signature": BASE64_STANDARD.encode(signature),
@@ -177,6 +181,10 @@ impl Attester for TpmAttester {
         self.init_data.as_ref()
     }
 
+    fn enrols(&self) -> Option<&Self> {
+        Some(self)
+    }
+
     fn runtime_log(&self) -> Option<&Arc<RuntimeLog>> {
         Some(&self.runtime)
     }
@@ -201,8 +209,15 @@ fn ak_template() -> Vec<u8> {
     Writer::default().sized(&sensitive).sized(&public).sized(&[]).long(0).done().to_vec()
 }
 
+fn key_of(area: &[u8]) -> Result<PublicKey, AttesterError> {
+    Ok(response::public_key(area).map_err(|error| malformed(session::READ_PUBLIC, error))?)
+}
+
 /// A key as `SubjectPublicKeyInfo`, DER.
-fn spki(key: &PublicKey) -> Result<Vec<u8>, AttesterError> {
+///
+/// # Errors
+/// [`AttesterError::Refused`]: of another kind than RSA, P-256 and P-384.
+pub fn spki(key: &PublicKey) -> Result<Vec<u8>, AttesterError> {
     const P256_OIDS: &[u8] = &[6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
     const P384_OIDS: &[u8] = &[6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 0x22];
     const RSA_OIDS: &[u8] = &[6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1, 5, 0];

@@ -17,12 +17,14 @@
 //! | `lease` | resources that are lent, their renewal |
 //! | `agent` | renews leases on time, and says when one has ended |
 //! | `tenancy` | what a guest's parts were lent, for as long as they need it |
+//! | `enrol` | the attestation key of a TPM, enrolled |
 //! | `anchor` | the broker as a place that a host cannot turn back |
 //!
 //! The TEE key is made anew for every attestation, lives in guest memory only, and is bound into the evidence with the nonce.
 
 mod agent;
 mod anchor;
+mod enrol;
 mod http;
 mod lease;
 mod succession;
@@ -52,6 +54,7 @@ use crate::{
 };
 pub use agent::{Agent, LeaseEnd, Needed};
 pub use anchor::BrokerAnchor;
+pub use enrol::enrol;
 pub use http::{Call, Credential, Reply, Transport};
 pub use lease::{Borrowed, Lease};
 pub use succession::successor;

@@ -9,11 +9,12 @@
 //! ```
 //!
 //! Checked: the signature, which PCRs are covered, that their digest is that of the PCRs sent, the replay of the log. **Not** checked here:
-//! whose AK it is. A verifier cannot know; the appraisal policy compares `ak_public` with the reference value `trusted_aks`, and whoever
-//! puts an AK there has seen that it is a restricted key of a TPM that he trusts (by its EK certificate, or by enrolling the machine).
+//! whose AK it is. A verifier cannot know; a broker adds what it knows of AKs that were enrolled ([`enrol`]), and the appraisal policy compares
+//! others with the reference value `trusted_aks`: whoever puts an AK there has seen that it is a restricted key of a TPM that he trusts.
 //!
 //! The extra data are the first 32 bytes of the report data. Init data are extended into PCR 8, which held zeros.
 
+pub mod enrol;
 pub(crate) mod wire;
 
 use std::collections::BTreeMap;
