@@ -10,8 +10,8 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use crate::{
-    Administrator, AuditEntry, AuditHead, GuestChain, GuestList, GuestSummary, Lease, PutOptions, References, Resource,
-    Revocation, Signer, admin_token,
+    Administrator, AuditEntry, AuditHead, Enrolment, GuestChain, GuestList, GuestSummary, Lease, PutOptions,
+    References, Resource, Revocation, Signer, admin_token,
 };
 
 const JSON: &str = "application/json";
@@ -149,6 +149,23 @@ impl AdminClient {
     /// [`ClientError`], 404 among them.
     pub fn delete_anchor(&self, name: &str) -> Result<(), ClientError> {
         self.call("delete anchor", &format!("/kbs/v0/anchor/{name}"), Call::Delete).map(drop)
+    }
+
+    /// The TPMs whose attestation key is known.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn enrolments(&self) -> Result<Vec<Enrolment>, ClientError> {
+        self.get("list enrolments", "/kbs/v0/enrolments")
+    }
+
+    /// Lets the attestation key of a TPM count no more, or forgets the TPM.
+    ///
+    /// # Errors
+    /// [`ClientError`], 404 among them.
+    pub fn revoke_enrolment(&self, name: &str, forget: bool) -> Result<(), ClientError> {
+        let query = if forget { "?forget=true" } else { "" };
+        self.call("revoke an enrolment", &format!("/kbs/v0/enrolments/{name}{query}"), Call::Delete).map(drop)
     }
 
     /// The administrators beside the first one.

@@ -76,6 +76,8 @@ impl Broker {
     /// Appraises the evidence of a session; gives the token. The session's nonce is spent whatever comes of it.
     pub(crate) fn attest(&self, session: &str, body: &[u8]) -> Result<String, ApiError> {
         let (tee, nonce) = self.sessions.spend(session)?;
+        // A session of an enrolment is none for evidence.
+        self.check_tee(&tee)?;
         match self.appraise(&tee, &nonce, body) {
             Ok((ear, audit, record)) => {
                 let signer = self.store.config()?;
@@ -143,7 +145,10 @@ impl Broker {
         let bound =
             report_data(&message.runtime_data, &message.tee_evidence.additional_evidence).map_err(|e| malformed(&e))?;
         let expected = Expected { report_data: &bound, init_data: init_data.as_ref(), now: now() };
-        let claims = self.verify(tee, &message.tee_evidence.primary_evidence, &expected)?.into_inner();
+        let mut claims = self.verify(tee, &message.tee_evidence.primary_evidence, &expected)?.into_inner();
+        if tee == nacre_verify::tpm::TEE {
+            self.add_enrolment(&mut claims)?;
+        }
         self.check_simulation(claims.simulated)?;
 
         let mut evidence = json!({

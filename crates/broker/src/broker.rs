@@ -56,6 +56,7 @@ pub struct Broker {
     pub(crate) sessions: Sessions,
     pub(crate) known_tokens: KnownTokens,
     pub(crate) verifiers: nacre_verify::Verifiers,
+    pub(crate) ek_roots: Option<nacre_verify::tpm::enrol::EkRoots>,
     pub(crate) metrics: Metrics,
     pub(crate) dir: PathBuf,
 }
@@ -117,6 +118,7 @@ impl Broker {
         }
         let sessions = Sessions::new(store.clone(), lifetime, settings.most_sessions);
         let verifiers = crate::verifiers::open(dir)?;
+        let ek_roots = crate::enrolment::roots(dir, settings.ek_roots.as_deref())?;
         Ok(Self {
             settings,
             keys,
@@ -124,6 +126,7 @@ impl Broker {
             sessions,
             known_tokens: KnownTokens::default(),
             verifiers,
+            ek_roots,
             metrics: Metrics::default(),
             dir: dir.to_owned(),
         })

@@ -66,6 +66,9 @@ pub struct Settings {
     pub resource_versions: usize,
     /// Where the master key is: `file:PATH`, `pkcs11:…`, `tpm:…`. Paths are relative to the directory.
     pub master_key: String,
+    /// The file with the certificates of who makes TPMs, PEM: whose attestation keys may be enrolled. Without it, none are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ek_roots: Option<PathBuf>,
     /// The database that replicas share, `postgresql://…`; a file of the directory where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub database: Option<String>,
@@ -92,6 +95,7 @@ impl Default for Settings {
             console: true,
             resource_versions: 3,
             master_key: format!("file:{MASTER}"),
+            ek_roots: None,
             database: None,
             database_password_file: None,
             database_ca: None,

@@ -12,6 +12,7 @@
 //! | `corim`, `cbor` | the same as CoRIM manifests |
 //! | `verifiers` | which TEEs are verified, by which rules, with which collateral |
 //! | `admin` | the administrator's tokens |
+//! | `enrolment` | attestation keys of TPMs, enrolled by who made the TPM |
 //! | `chain` | the chain of trust of one guest, for people |
 //! | [`server`] | the HTTP service under `/kbs/v0` |
 //! | [`AdminClient`] | the administrator's client |
@@ -30,6 +31,7 @@ mod broker;
 mod cbor;
 mod chain;
 mod corim;
+mod enrolment;
 mod error;
 mod files;
 pub mod fuzzing;
@@ -49,6 +51,7 @@ pub use admin::{Administrator, Role, admin_token};
 pub use admin_client::{AdminClient, AnchorInfo, ResourceScope};
 pub use broker::{Broker, InitOptions};
 pub use chain::{Check, GuestChain, GuestSummary, Stage, StageId, TrustClaim, Verdict};
+pub use enrolment::Enrolment;
 pub use error::{ApiError, BrokerError};
 pub use files::{OpenMaster, Settings};
 pub use master::{MasterKey, MasterKeyError};

@@ -13,6 +13,7 @@ use std::{
 
 use nacre_attest::{
     client::{BrokerClient, BrokerConfig as ClientBroker, ClientError, Tenancy},
+    enrolment::Enrolled,
     eventlog::{
         runtime::{RuntimeLog, RuntimeLogError},
         story::Happening,
@@ -490,12 +491,27 @@ pub fn connect(config: &BrokerConfig) -> Result<Arc<BrokerClient>, ServiceError>
     connect_with(config, init_data_of(config)?)
 }
 
-fn connect_with(config: &BrokerConfig, init_data: Option<InitData>) -> Result<Arc<BrokerClient>, ServiceError> {
+/// Has the attestation key of this guest's TPM enrolled at its broker.
+///
+/// # Errors
+/// [`ServiceError`]: there is no TPM, it has no EK certificate, or the broker refuses.
+pub fn enrol(config: &BrokerConfig) -> Result<Enrolled, ServiceError> {
+    let attester = attester_of(config)?;
+    let none = || {
+        ServiceError::Config(format!("what is enrolled is the key of a TPM, and the TEE here is {}", attester.tee()))
+    };
+    Ok(nacre_attest::client::enrol(&client_config(config)?, attester.enrols().ok_or_else(none)?)?)
+}
+
+fn client_config(config: &BrokerConfig) -> Result<ClientBroker, ServiceError> {
     let certificate = config.certificate.as_deref().map(|value| pem("the broker's certificate", value)).transpose()?;
     let token_key = config.token_key.as_deref().map(|value| pem("the broker's token key", value)).transpose()?;
-    let attester = attester::attester(config, init_data)?;
-    let broker = ClientBroker::new(&config.url).pin(certificate.as_deref(), token_key.as_deref())?;
-    Ok(Arc::new(BrokerClient::new(broker, attester)?))
+    Ok(ClientBroker::new(&config.url).pin(certificate.as_deref(), token_key.as_deref())?)
+}
+
+fn connect_with(config: &BrokerConfig, init_data: Option<InitData>) -> Result<Arc<BrokerClient>, ServiceError> {
+    let broker = client_config(config)?;
+    Ok(Arc::new(BrokerClient::new(broker, attester::attester(config, init_data)?)?))
 }
 
 fn key_source(config: &Config, broker: Option<&Arc<BrokerClient>>) -> Result<Arc<dyn KeySource>, ServiceError> {

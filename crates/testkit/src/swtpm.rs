@@ -22,8 +22,21 @@ pub struct Swtpm {
 impl Swtpm {
     /// Starts a new one; `None`, after a loud skip, where it is not installed.
     pub fn start() -> Option<Self> {
-        let program = require("swtpm")?;
+        Self::start_in(tempfile::tempdir().unwrap())
+    }
+
+    /// Starts a new one that a maker made: it has EK certificates by him.
+    pub fn made_by(maker: &TpmMaker) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(require("swtpm_setup")?);
+        command.args(["--tpm2", "--create-ek-cert", "--vmid", "test", "--tpmstate"]).arg(directory.path());
+        command.arg("--config").arg(maker.directory.path().join("setup.conf"));
+        crate::run(&mut command);
+        Self::start_in(directory)
+    }
+
+    fn start_in(directory: tempfile::TempDir) -> Option<Self> {
+        let program = require("swtpm")?;
         // Its control channel has to be on the next port, where tpm2-tools look for it. Somebody may take either meanwhile.
         for _ in 0..20 {
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -72,6 +85,64 @@ impl Swtpm {
         let mut command = Command::new(require(program)?);
         command.env("TPM2TOOLS_TCTI", format!("swtpm:host=127.0.0.1,port={}", self.port));
         Some(command)
+    }
+}
+
+/// Who makes TPMs: an authority of `swtpm_localca`'s, with a root, and an issuer below it.
+pub struct TpmMaker {
+    directory: tempfile::TempDir,
+}
+
+impl TpmMaker {
+    /// A new one; `None`, after a loud skip, where swtpm's tools are not installed.
+    pub fn new() -> Option<Self> {
+        let (tool, _) = (require("swtpm_localca")?, require("swtpm_setup")?);
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        let authority = [
+            ("statedir", at("")),
+            ("signingkey", at("signkey.pem")),
+            ("issuercert", at("issuer.pem")),
+            ("certserial", at("serial")),
+        ];
+        let setup = [
+            ("create_certs_tool", tool.display().to_string()),
+            ("create_certs_tool_config", at("authority.conf")),
+            ("create_certs_tool_options", at("options")),
+            ("active_pcr_banks", "sha256".to_owned()),
+        ];
+        let write = |name: &str, lines: &[(&str, String)]| {
+            let text: String = lines.iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
+            std::fs::write(at(name), text).unwrap();
+        };
+        write("authority.conf", &authority);
+        write("setup.conf", &setup);
+        let options = "--platform-manufacturer Fabrikam\n--platform-version 2.1\n--platform-model QEMU\n";
+        std::fs::write(at("options"), options).unwrap();
+        let maker = Self { directory };
+        // The authority makes itself with its first certificate: of a key of nobody's.
+        maker.certify(&format!("{:0512x}", 0).replacen('0', "c", 1).replace('0', "1"));
+        Some(maker)
+    }
+
+    /// The EK certificate, DER, of a key as `swtpm_localca` takes it: a modulus in hex, or `x=…,y=…,id=secp256r1`.
+    pub fn certify(&self, ek: &str) -> Vec<u8> {
+        let out = tempfile::tempdir().unwrap();
+        let Some(tool) = require("swtpm_localca") else { panic!("swtpm_localca was there before") };
+        let mut command = Command::new(tool);
+        command.args(["--type", "ek", "--tpm2", "--vmid", "test", "--ek", ek, "--dir"]).arg(out.path());
+        command.arg("--configfile").arg(self.directory.path().join("authority.conf"));
+        command.arg("--optsfile").arg(self.directory.path().join("options"));
+        command.args(["--tpm-spec-family", "2.0", "--tpm-spec-level", "0", "--tpm-spec-revision", "164"]);
+        command.args(["--tpm-manufacturer", "id:00001014", "--tpm-model", "swtpm", "--tpm-version", "id:20191023"]);
+        crate::run(&mut command);
+        std::fs::read(out.path().join("ek.cert")).unwrap()
+    }
+
+    /// The certificates of the root and of the issuer, PEM.
+    pub fn authorities(&self) -> String {
+        let read = |name: &str| std::fs::read_to_string(self.directory.path().join(name)).unwrap();
+        read("swtpm-localca-rootca-cert.pem") + &read("issuer.pem")
     }
 }
 

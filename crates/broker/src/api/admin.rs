@@ -157,6 +157,28 @@ pub(super) async fn delete_anchor(
     Ok(ok(&json!({})))
 }
 
+pub(super) async fn enrolments(State(app): State<App>, headers: HeaderMap) -> Reply {
+    let list = administer(app, &headers, Need::Read(None), |broker, _| Ok(broker.enrolments()?)).await?;
+    Ok(ok(&list))
+}
+
+pub(super) async fn revoke_enrolment(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(query): Parameters,
+    headers: HeaderMap,
+) -> Reply {
+    let forget = query.get("forget").is_some_and(|text| text == "true");
+    administer(app, &headers, Need::ChangeAll, move |broker, actor| {
+        match broker.revoke_enrolment_as(&actor.name, &name, forget)? {
+            true => Ok(()),
+            false => Err(ApiError::new(404, "EnrolmentNotFound", format!("there is no TPM {name:.64}"))),
+        }
+    })
+    .await?;
+    Ok(ok(&json!({})))
+}
+
 pub(super) async fn admins(State(app): State<App>, headers: HeaderMap) -> Reply {
     let list = administer(app, &headers, Need::Read(None), |broker, _| Ok(broker.admins()?)).await?;
     Ok(ok(&list))

@@ -132,3 +132,15 @@ pub(super) async fn jwks(State(app): State<App>) -> Reply {
     let keys = blocking(app, |broker| Ok(broker.jwks()?)).await?;
     Ok(ok(&keys))
 }
+
+pub(super) async fn begin_enrolment(State(app): State<App>, bytes: Body) -> Reply {
+    let bytes = body(bytes)?;
+    let challenge = blocking(app, move |broker| broker.begin_enrolment(&bytes)).await?;
+    Ok(ok(&challenge.to_json()))
+}
+
+pub(super) async fn finish_enrolment(State(app): State<App>, Path(id): Path<String>, bytes: Body) -> Reply {
+    let bytes = body(bytes)?;
+    let enrolled = blocking(app, move |broker| broker.finish_enrolment(&id, &bytes)).await?;
+    Ok(ok(&enrolled))
+}

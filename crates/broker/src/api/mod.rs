@@ -6,6 +6,7 @@
 //! POST, DELETE /kbs/v0/lease/{id}                  guests: renew, give up
 //! GET, POST /kbs/v0/anchor/{repository}/{name}     guests: read, compare and swap
 //! GET  /kbs/v0/jwks                                anybody
+//! POST /kbs/v0/enrolment, /enrolment/{id}          anybody: a TPM's attestation key, where there are EK roots
 //!
 //! POST, DELETE /kbs/v0/resource/…[?kind=&lease=]   admin
 //! POST /kbs/v0/resource-rotation/{repository}/{type}/{tag}     admin
@@ -17,6 +18,7 @@
 //! POST /kbs/v0/sim-platform                        admin: a PEM public key
 //! GET  /kbs/v0/leases, POST /kbs/v0/lease-revocation       admin
 //! GET  /kbs/v0/anchors, DELETE /kbs/v0/anchor/…    admin
+//! GET  /kbs/v0/enrolments, DELETE …/{name}[?forget=true]    admin
 //! GET, POST /kbs/v0/admins, DELETE …/{name}        admin
 //! POST /kbs/v0/token-key                           admin: a new one
 //! GET  /kbs/v0/audit?after=N, /audit-head[?number=N]       admin
@@ -103,6 +105,10 @@ pub(crate) fn router(broker: Arc<Broker>, secure: bool) -> Router {
         .route("/lease/{id}", post(guest::renew).delete(guest::give_up))
         .route("/anchor/{repository}/{name}", get(guest::anchor).post(guest::advance).delete(admin::delete_anchor))
         .route("/jwks", get(guest::jwks))
+        .route("/enrolment", post(guest::begin_enrolment))
+        .route("/enrolment/{id}", post(guest::finish_enrolment))
+        .route("/enrolments", get(admin::enrolments))
+        .route("/enrolments/{name}", delete(admin::revoke_enrolment))
         .route("/resource-rotation/{repository}/{kind}/{tag}", post(admin::rotate_resource))
         .route("/resources", get(admin::resources))
         .route("/attestation-policy", post(admin::set_attestation_policy))
@@ -162,7 +168,7 @@ async fn metrics(State(app): State<App>) -> Reply {
 /// The route of a path, for counters: one of a few names, whatever was asked for.
 fn route(path: &str) -> &'static str {
     let first = path.trim_start_matches("/kbs/v0").split('/').nth(1).unwrap_or_default();
-    ["auth", "attest", "resource", "lease", "anchor", "jwks", "console"]
+    ["auth", "attest", "resource", "lease", "anchor", "jwks", "enrolment", "console"]
         .into_iter()
         .find(|name| *name == first)
         .unwrap_or("admin")

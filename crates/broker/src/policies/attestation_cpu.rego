@@ -133,12 +133,17 @@ configuration := 3 if {
 	query_reference_value("sgx_config_id") == null
 }
 
-##### TPM. Nobody vouches for an attestation key but who names it; PCRs are compared where there are reference values for them.
+##### TPM. An attestation key counts where an operator named it, or where it was enrolled: by the maker of the TPM, whom the operator trusts. PCRs
+##### are compared where there are reference values for them.
 
-hardware := 2 if input.tpm.ak_public in query_reference_value("trusted_aks")
+trusted_ak if input.tpm.ak_public in query_reference_value("trusted_aks")
+
+trusted_ak if is_string(input.tpm.enrolled.name)
+
+hardware := 2 if trusted_ak
 
 executables := 3 if {
-	input.tpm.ak_public in query_reference_value("trusted_aks")
+	trusted_ak
 	count(tpm_named_pcrs) > 0
 	every pcr in tpm_named_pcrs {
 		input.tpm[pcr] in query_reference_value(sprintf("tpm_%s", [pcr]))
@@ -156,12 +161,12 @@ tpm_pcrs := [
 ]
 
 configuration := 2 if {
-	input.tpm.ak_public in query_reference_value("trusted_aks")
+	trusted_ak
 	input.tpm.init_data in query_reference_value("tpm_init_data")
 }
 
 configuration := 3 if {
-	input.tpm.ak_public in query_reference_value("trusted_aks")
+	trusted_ak
 	query_reference_value("tpm_init_data") == null
 }
 

@@ -6,6 +6,7 @@
 //!             resource[/<scope>] Rego; the scope is a repository, repository/type or a whole path
 //! references  id                 JSON {"values":[…],"expires":seconds since 1970,"issuer"?}
 //! platforms   tee/thumbprint     PEM public key
+//!             tpm-ek/<name>      JSON [`Enrolment`]
 //!             reference-signer/<name>   JSON [`Signer`](crate::reference::Signer)
 //! admins      name               JSON [`Administrator`]
 //! ```
@@ -17,14 +18,17 @@ use nacre_core::jose::{Jwk, PublicKey};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{AuditEntry, MOST_ROWS, Records, Store, from_json, tokens::TokenKeys};
+use super::{AuditEntry, MOST_ROWS, Records, Store, audit, from_json, tokens::TokenKeys};
 use crate::{
     BrokerError,
     admin::{Administrator, now},
+    enrolment::{Enrolment, MOST_ENROLLED, Recorded},
     policy::Policy,
-    storage::{Table, Tx},
+    storage::{Lane, Table, Tx},
 };
 
+/// Where among the platforms TPMs are whose attestation keys were enrolled.
+const ENROLLED: &str = "tpm-ek/";
 /// Where among the platforms those are who sign reference values.
 const SIGNERS: &str = "reference-signer";
 
@@ -47,6 +51,10 @@ pub(crate) struct Config {
     policies: BTreeMap<String, Arc<Policy>>,
     references: Arc<BTreeMap<String, ReferenceValue>>,
     platforms: BTreeMap<String, String>,
+    /// By the TPM's name.
+    enrolments: BTreeMap<String, Enrolment>,
+    /// The names of TPMs by their AKs.
+    enrolled_aks: BTreeMap<String, String>,
     sim: SimVerifier,
     token_keys: TokenKeys,
     admins: Vec<(String, PublicKey, Administrator)>,
@@ -95,6 +103,13 @@ impl Config {
             let pem = text(Table::Platforms, &key, bytes.expose())?;
             platforms.insert(key, pem);
         }
+        let mut enrolments = BTreeMap::new();
+        for (key, text) in platforms.iter().filter(|(key, _)| key.starts_with(ENROLLED)) {
+            let enrolment: Enrolment = from_json(Table::Platforms, key.as_bytes(), text.as_bytes())?;
+            enrolments.insert(enrolment.name.clone(), enrolment);
+        }
+        let enrolled_aks =
+            enrolments.values().map(|enrolment| (enrolment.ak.clone(), enrolment.name.clone())).collect();
         let (mut sim, start) = (SimVerifier::new(), format!("{}/", sim::TEE));
         for (_, pem) in platforms.iter().filter(|(key, _)| key.starts_with(&start)) {
             sim.trust(PublicKey::from_pem(pem)?)?;
@@ -106,11 +121,36 @@ impl Config {
             admins.push((Jwk::from_public(&public).thumbprint()?, public, admin));
         }
         let token_keys = TokenKeys::load(records)?;
-        Ok(Self { revision, policies, references: Arc::new(references), platforms, sim, token_keys, admins })
+        Ok(Self {
+            revision,
+            policies,
+            references: Arc::new(references),
+            platforms,
+            enrolments,
+            enrolled_aks,
+            sim,
+            token_keys,
+            admins,
+        })
     }
 
     pub(crate) fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
         self.policies.get(key)
+    }
+
+    /// The TPMs that were enrolled.
+    pub(crate) fn enrolments(&self) -> impl Iterator<Item = &Enrolment> {
+        self.enrolments.values()
+    }
+
+    /// A TPM that was enrolled, by its name.
+    pub(crate) fn enrolment(&self, name: &str) -> Option<&Enrolment> {
+        self.enrolments.get(name)
+    }
+
+    /// A TPM that was enrolled, by its AK in base64.
+    pub(crate) fn enrolled_ak(&self, ak: &str) -> Option<&Enrolment> {
+        self.enrolments.get(self.enrolled_aks.get(ak)?)
     }
 
     /// All reference values: whether they have expired is for whoever looks one up.
@@ -230,6 +270,49 @@ impl Store {
                 match value {
                     Some(value) => records.put_json(Table::References, id, value)?,
                     None => drop(records.delete(Table::References, id)?),
+                }
+            }
+            touch(records.tx)?;
+            Ok(true)
+        })
+    }
+
+    /// Keeps the AK of a TPM, in the place of its last one.
+    pub(crate) fn enrol(&self, enrolment: &Enrolment, entry: AuditEntry) -> Result<Recorded, BrokerError> {
+        let (key, enrolment) = (format!("{ENROLLED}{}", enrolment.name), enrolment.clone());
+        self.update(Lane::Log, move |records| {
+            match records.get_json::<Enrolment>(Table::Platforms, &key)? {
+                Some(known) if known.revoked.is_some() => return Ok(Recorded::Revoked),
+                Some(_) => {}
+                None => {
+                    if records.tx.list(Table::Platforms, ENROLLED, None, MOST_ENROLLED)?.len() >= MOST_ENROLLED {
+                        return Ok(Recorded::Full);
+                    }
+                }
+            }
+            records.put_json(Table::Platforms, &key, &enrolment)?;
+            touch(records.tx)?;
+            audit::append(records.tx, entry.clone())?;
+            Ok(Recorded::Done)
+        })
+    }
+
+    /// Marks the AK of a TPM as revoked, or removes it; says whether it was there.
+    pub(crate) fn revoke_enrolment(
+        &self,
+        name: &str,
+        forget: bool,
+        now: i64,
+        entry: AuditEntry,
+    ) -> Result<bool, BrokerError> {
+        let key = format!("{ENROLLED}{name}");
+        self.change(entry, move |records| {
+            let Some(mut known) = records.get_json::<Enrolment>(Table::Platforms, &key)? else { return Ok(false) };
+            match forget {
+                true => drop(records.delete(Table::Platforms, &key)?),
+                false => {
+                    known.revoked = Some(known.revoked.unwrap_or(now));
+                    records.put_json(Table::Platforms, &key, &known)?;
                 }
             }
             touch(records.tx)?;

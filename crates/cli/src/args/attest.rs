@@ -37,6 +37,11 @@ pub(crate) enum AttestCommand {
         #[command(flatten)]
         broker: BrokerArgs,
     },
+    /// Have the attestation key of this guest's TPM enrolled at a broker, by the TPM's EK certificate; prints the TPM's name there
+    Enrol {
+        #[command(flatten)]
+        broker: BrokerArgs,
+    },
     /// Verify evidence of any TEE, offline; prints what it says, and ends with 3 where it does not hold
     Verify(EvidenceArgs),
     /// Print an event log: firmware's (CCEL, binary_bios_measurements) with what was added at run time; verifies nothing

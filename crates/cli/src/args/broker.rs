@@ -93,6 +93,9 @@ pub(crate) enum BrokerCommand {
     /// Anchors: how far volumes have come that must not be turned back
     #[command(subcommand)]
     Anchor(AnchorCommand),
+    /// TPMs whose attestation key was enrolled by `nacre attest enrol`
+    #[command(subcommand)]
+    Enrolment(EnrolmentCommand),
     /// Administrators beside the first one, with roles
     #[command(subcommand)]
     Admin(AdminCommand),
@@ -195,6 +198,32 @@ pub(crate) enum BrokerGuestCommand {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EnrolmentCommand {
+    /// List TPMs
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Let the attestation key of a TPM count no more; the TPM cannot be enrolled again
+    Revoke {
+        /// The TPM, as `ls` names it
+        name: String,
+        #[command(flatten)]
+        at: BrokerAt,
+    },
+    /// Remove a TPM, which can be enrolled again from then on
+    Forget {
+        /// The TPM, as `ls` names it
+        name: String,
         #[command(flatten)]
         at: BrokerAt,
     },

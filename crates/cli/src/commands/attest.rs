@@ -34,6 +34,12 @@ pub(crate) fn attest(global: &Global, command: &AttestCommand) -> anyhow::Result
             let broker = setup.config.broker.as_ref().context("name the broker: --broker URL")?;
             Ok(output::line(nacre_guest::service::connect(broker)?.attest()?.token())?)
         }
+        AttestCommand::Enrol { broker } => {
+            let mut setup = Setup::new(global, false)?;
+            setup.add_broker(broker)?;
+            let broker = setup.config.broker.as_ref().context("name the broker: --broker URL")?;
+            Ok(output::line(nacre_guest::service::enrol(broker)?.name)?)
+        }
         AttestCommand::SimKey { file } => {
             let key = PrivateKey::generate_p256();
             let mut out = std::fs::OpenOptions::new()

@@ -383,11 +383,17 @@ impl Scene {
         scene
     }
 
+    /// Starts the broker again, with the settings that it has now.
+    pub(crate) fn serve_again(&mut self) {
+        let _ = (self.served.child.kill(), self.served.child.wait());
+        self.served = Served::start(&self.place);
+    }
+
     pub(crate) fn admin(&self, arguments: &[&str]) {
         run(&mut admin(&self.place, Some(&self.served.url), arguments));
     }
 
-    fn admin_command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn admin_command(&self, arguments: &[&str]) -> Command {
         admin(&self.place, Some(&self.served.url), arguments)
     }
 

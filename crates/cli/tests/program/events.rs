@@ -11,7 +11,7 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use nacre_attest::eventlog::tcg;
 use nacre_core::Digest;
-use nacre_testkit::{Rng, Swtpm, root, run};
+use nacre_testkit::{Rng, Swtpm, TpmMaker, root, run};
 use serde_json::{Value, json};
 
 use crate::{
@@ -53,6 +53,15 @@ impl Guest {
         let mut command = self.scene.place.nacre("store", &["--config", "nacre.toml"]);
         command.env("NACRE_RUN", self.scene.place.at("run")).args(arguments);
         command
+    }
+
+    /// With the broker started again, at another port.
+    fn restarted(mut self) -> Self {
+        let before = self.scene.served.url.clone();
+        self.scene.serve_again();
+        let config = fs::read_to_string(self.scene.place.at("nacre.toml")).unwrap();
+        self.scene.place.write("nacre.toml", config.replace(&before, &self.scene.served.url));
+        self
     }
 
     /// A disk with a key of its own.
@@ -191,4 +200,37 @@ fn programs_side_by_side_on_one_tpm_measure_into_one_log_whoever_is_killed() {
         assert!(volumes.iter().any(|volume| volume["id"] == info["uuid"]), "{disk}: {runtime}");
     }
     assert_eq!(appraised["ear.trustworthiness-vector"]["storage-opaque"], 2);
+}
+
+#[test]
+fn a_tpms_key_is_enrolled_listed_and_revoked_by_the_programs() {
+    if !root() {
+        return;
+    }
+    let Some(maker) = TpmMaker::new() else { return };
+    let Some(tpm) = Swtpm::made_by(&maker) else { return };
+    let guest = Guest::new(Some(tpm));
+    let (place, enrol) = (&guest.scene.place, ["attest", "enrol"]);
+    let output = guest.nacre(&enrol).output().unwrap();
+    assert!(!output.status.success() && said(&output).contains("ek_roots"), "{}", said(&output));
+    // The operator says whom he trusts, and starts the broker again.
+    place.write("broker/ek-roots.pem", maker.authorities());
+    let settings = fs::read_to_string(place.at("broker/broker.toml")).unwrap();
+    place.write("broker/broker.toml", format!("ek_roots = 'ek-roots.pem'\n{settings}"));
+    let guest = guest.restarted();
+    let hardware = || guest.appraised()["ear.trustworthiness-vector"]["hardware"].clone();
+    assert_eq!(hardware(), 97);
+    let name = text(&mut guest.nacre(&enrol)).trim().to_owned();
+    assert_eq!(hardware(), 2);
+    assert!(text(&mut guest.scene.admin_command(&["enrolment", "ls"])).contains(&name));
+    guest.scene.admin(&["enrolment", "revoke", &name]);
+    assert_eq!(hardware(), 97);
+    let listed = text(&mut guest.scene.admin_command(&["enrolment", "ls", "--json"]));
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert!(listed[0]["revoked"].is_i64() && listed[0]["name"] == name.as_str(), "{listed}");
+    assert_refused(&guest.nacre(&enrol).output().unwrap(), &["revoked"]);
+    guest.scene.admin(&["enrolment", "forget", &name]);
+    let output = guest.scene.admin_command(&["enrolment", "forget", &name]).output().unwrap();
+    assert_eq!(output.status.code(), Some(4), "{}", said(&output));
+    assert_eq!(text(&mut guest.nacre(&enrol)).trim(), name);
 }

@@ -94,6 +94,7 @@ pub(crate) fn broker(command: &BrokerCommand) -> anyhow::Result<()> {
         BrokerCommand::Lease(command) => tenure::lease(command),
         BrokerCommand::Guest(command) => guests::guest(command),
         BrokerCommand::Anchor(command) => tenure::anchor(command),
+        BrokerCommand::Enrolment(command) => tenure::enrolment(command),
         BrokerCommand::Admin(command) => admins::admin(command),
         BrokerCommand::RotateTokenKey { at } => {
             let pem = match Admin::of(at)? {

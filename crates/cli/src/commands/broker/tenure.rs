@@ -1,12 +1,12 @@
-//! `nacre broker lease` and `anchor`: what guests hold.
+//! `nacre broker lease`, `anchor` and `enrolment`: what guests hold.
 
-use nacre_broker::{AnchorInfo, Lease, Revocation};
+use nacre_broker::{AnchorInfo, Enrolment, Lease, Revocation};
 use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::Admin;
 use crate::{
-    args::broker::{AnchorCommand, LeaseCommand},
+    args::broker::{AnchorCommand, BrokerAt, EnrolmentCommand, LeaseCommand},
     exit::Missing,
     output,
 };
@@ -87,5 +87,40 @@ pub(super) fn anchor(command: &AnchorCommand) -> anyhow::Result<()> {
             }
             Ok(())
         }
+    }
+}
+
+pub(super) fn enrolment(command: &EnrolmentCommand) -> anyhow::Result<()> {
+    match command {
+        EnrolmentCommand::Ls { json, at } => {
+            let found = match Admin::of(at)? {
+                Admin::Local(broker) => broker.enrolments()?,
+                Admin::Remote(client) => client.enrolments()?,
+            };
+            if *json {
+                return output::json(&found);
+            }
+            let row = |tpm: &Enrolment| {
+                let state = match tpm.revoked {
+                    Some(since) => format!("revoked {}", time(since)),
+                    None => format!("enrolled {}", time(tpm.enrolled)),
+                };
+                vec![tpm.name.clone(), tpm.issuer.clone(), state]
+            };
+            let rows: Vec<Vec<String>> = found.iter().map(row).collect();
+            Ok(output::table(&["TPM", "EK CERTIFICATE BY", "STATE"], &rows)?)
+        }
+        EnrolmentCommand::Revoke { name, at } => revoke(name, false, at),
+        EnrolmentCommand::Forget { name, at } => revoke(name, true, at),
+    }
+}
+
+fn revoke(name: &str, forget: bool, at: &BrokerAt) -> anyhow::Result<()> {
+    match Admin::of(at)? {
+        Admin::Local(broker) => match broker.revoke_enrolment(name, forget)? {
+            true => Ok(()),
+            false => Err(Missing(format!("{name}: no such TPM")).into()),
+        },
+        Admin::Remote(client) => Ok(client.revoke_enrolment(name, forget)?),
     }
 }
