@@ -9,6 +9,7 @@ mod demo;
 mod disk;
 mod events;
 mod kills;
+mod masters;
 mod memory;
 #[path = "../interop/support.rs"]
 #[expect(dead_code, reason = "tests against other programs use all of it")]
