@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! eat_profile  "tag:github.com,2024:confidential-containers/Trustee"
-//! iat nbf exp  seconds since 1970, by the broker's clock
+//! iat nbf exp  seconds since 1970, by the broker's clock; Trustee writes no nbf, and iat is in its place then
 //! iss          the broker's name
 //! ear.verifier-id  {build, developer}
 //! submods.cpu0 {"ear.status", "ear.trustworthiness-vector", "ear.appraisal-policy-id", "ear.veraison.annotated-evidence": {
@@ -17,6 +17,8 @@ use std::collections::BTreeMap;
 use nacre_core::jose::{JoseError, Jwk, PrivateKey, PublicKey, sign_compact, verify_compact};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::evidence::is_simulation;
 
 /// The profile.
 pub const PROFILE: &str = "tag:github.com,2024:confidential-containers/Trustee";
@@ -131,8 +133,9 @@ pub struct Ear {
     pub eat_profile: String,
     /// Issued at.
     pub iat: i64,
-    /// Not before.
-    pub nbf: i64,
+    /// Not before; `iat`, where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbf: Option<i64>,
     /// Expires.
     pub exp: i64,
     /// The broker's name.
@@ -207,8 +210,9 @@ impl Ear {
     /// # Errors
     /// [`EarError::Time`].
     pub fn check_time(&self, now: i64) -> Result<(), EarError> {
-        if now < self.nbf || now >= self.exp {
-            return Err(EarError::Time { nbf: self.nbf, exp: self.exp, now });
+        let nbf = self.nbf.unwrap_or(self.iat);
+        if now < nbf || now >= self.exp {
+            return Err(EarError::Time { nbf, exp: self.exp, now });
         }
         Ok(())
     }
@@ -216,6 +220,13 @@ impl Ear {
     /// The TEE key that the token is for, as the guest sent it.
     pub fn tee_pubkey(&self) -> Option<&Value> {
         self.submods.get("cpu0")?.evidence.get("runtime_data_claims")?.get("tee-pubkey")
+    }
+
+    /// Whether the token is of a simulation: it is marked, or its evidence is of a TEE that is none. Other brokers know no mark.
+    pub fn is_simulation(&self) -> bool {
+        let says =
+            |evidence: &Value| evidence.as_object().is_some_and(|all| all.keys().any(|name| is_simulation(name)));
+        self.simulated || self.submods.values().any(|module| says(&module.evidence))
     }
 
     /// The worst status of all submodules.
@@ -239,7 +250,7 @@ mod tests {
         Ear {
             eat_profile: PROFILE.into(),
             iat: 100,
-            nbf: 100,
+            nbf: Some(100),
             exp: 200,
             iss: "broker".into(),
             verifier: VerifierId { build: "b".into(), developer: "d".into() },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nacre_core::Verified;
 use serde_json::Value;
 
-use crate::{eventlog::runtime::RuntimeLog, initdata::InitData};
+use crate::{eventlog::runtime::RuntimeLog, initdata::InitData, sample, sim};
 
 /// Evidence could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -217,6 +217,11 @@ pub trait Verifier: Send + Sync {
     /// # Errors
     /// [`EvidenceError`] says which check failed.
     fn verify(&self, evidence: &Value, expected: &Expected<'_>) -> Result<Verified<Claims>, EvidenceError>;
+}
+
+/// Whether a TEE of this name is none at all but a simulation of one.
+pub fn is_simulation(tee: &str) -> bool {
+    matches!(tee, sim::TEE | sample::TEE)
 }
 
 /// Bytes in lower-case hex.

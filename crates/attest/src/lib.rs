@@ -10,6 +10,7 @@
 //! | [`attesters`] | evidence from the devices of real TEEs |
 //! | [`sim`] | the simulated TEE, for demos and tests |
 //! | [`enrolment`] | the messages by which a TPM's attestation key becomes a known one |
+//! | [`sample`] | what Trustee's programs say where there is no TEE, for trying one side against theirs |
 //! | [`ear`] | attestation results: EAR tokens |
 //! | [`client`] | the guest's side: attest, fetch keys, know the time |
 //! | [`offline`] | keys from files, for development |
@@ -27,5 +28,6 @@ pub mod initdata;
 pub mod jcs;
 pub mod offline;
 pub mod rcar;
+pub mod sample;
 pub mod sim;
 pub mod snp_report;

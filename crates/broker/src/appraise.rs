@@ -9,10 +9,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use nacre_attest::{
     ear::{Appraisal, Ear, PROFILE, TrustVector, VerifierId},
-    evidence::{Claims, Expected},
+    evidence::{Claims, Expected, is_simulation},
     initdata::InitData,
     rcar::{Attestation, Challenge, MessageError, Request, report_data},
-    sim,
 };
 use nacre_core::{
     Digest,
@@ -55,7 +54,7 @@ impl Broker {
     pub(crate) fn auth(&self, body: &[u8]) -> Result<(Opened, Challenge), ApiError> {
         let request = Request::parse(body).map_err(|e| malformed(&e))?;
         self.check_tee(&request.tee)?;
-        self.check_simulation(request.tee == sim::TEE)?;
+        self.check_simulation(is_simulation(&request.tee))?;
         let opened = self.sessions.open(&request.tee)?;
         let challenge = Challenge { nonce: opened.nonce.clone(), extra_params: Value::String(String::new()) };
         Ok((opened, challenge))
@@ -95,14 +94,14 @@ impl Broker {
                 let _ = self.sessions.close(session);
                 let audit = AuditEntry {
                     detail: error.detail.clone(),
-                    simulated: tee == sim::TEE,
+                    simulated: is_simulation(&tee),
                     ..entry("attestation refused", &tee, String::new())
                 };
                 let record = GuestRecord {
                     time: now(),
                     guest,
                     measurement: String::new(),
-                    simulated: tee == sim::TEE,
+                    simulated: is_simulation(&tee),
                     tee,
                     outcome: Outcome::Refused(refusal),
                 };
@@ -222,7 +221,7 @@ impl Broker {
         Ear {
             eat_profile: PROFILE.into(),
             iat,
-            nbf: iat,
+            nbf: Some(iat),
             exp: iat + i64::from(self.settings.token_lifetime_seconds),
             iss: self.settings.name.clone(),
             verifier: VerifierId {

@@ -332,6 +332,10 @@ mod tests {
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.init_data", json!("cc"))]), (3, 2, 36));
         assert_eq!(claims(sim(false), &[measured.clone(), ("sim.svn", json!(3))]), (3, 97, 3));
         assert_eq!(claims(sim(false), &[("sim.measurement", json!("ab"))]), (33, 2, 3));
+        let sample = json!({"sample": {"simulated": true, "svn": "1"}});
+        assert_eq!(claims(sample.clone(), &[]), (33, 97, 36));
+        assert_eq!(claims(sample.clone(), &[measured, ("sample.svn", json!("2"))]), (33, 97, 36));
+        assert_eq!(claims(sample, &[("sample.svn", json!("1"))]), (3, 2, 2));
     }
 
     #[test]

@@ -64,7 +64,7 @@ mod tests {
         let ear = Ear {
             eat_profile: PROFILE.into(),
             iat: 1,
-            nbf: 1,
+            nbf: Some(1),
             exp: 2,
             iss: "broker".into(),
             verifier: VerifierId { build: "b".into(), developer: "d".into() },

@@ -1,5 +1,5 @@
-//! Which TEEs the broker knows: the hardware's verifiers, with the collateral and the rules of its directory, and `sim` by the platform
-//! keys of its database.
+//! Which TEEs the broker knows: the hardware's verifiers, with the collateral and the rules of its directory, `sim` by the platform keys
+//! of its database, and `sample`, which has nothing to be known by.
 //!
 //! ```text
 //! collateral/    what vendors publish, filled by `nacre broker collateral import`; names as in nacre_verify's cache
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nacre_attest::{
     evidence::{Claims, EvidenceError, Expected, Verifier as _},
+    sample::{self, SampleVerifier},
     sim,
 };
 use nacre_core::Verified;
@@ -51,11 +52,15 @@ pub(crate) fn open(dir: &Path) -> Result<Verifiers, BrokerError> {
 impl Broker {
     /// Whether guests of this TEE can be verified here.
     pub(crate) fn check_tee(&self, tee: &str) -> Result<(), ApiError> {
-        if tee == sim::TEE || self.verifiers.get(tee).is_some() {
+        if matches!(tee, sim::TEE | sample::TEE) || self.verifiers.get(tee).is_some() {
             return Ok(());
         }
         let names = self.verifiers.names().join(", ");
-        Err(ApiError::bad_request(format!("TEE '{tee}' is not supported by this broker: {names} and {} are", sim::TEE)))
+        Err(ApiError::bad_request(format!(
+            "TEE '{tee}' is not supported by this broker: {names}, {} and {} are",
+            sim::TEE,
+            sample::TEE
+        )))
     }
 
     /// Verifies evidence of a TEE that [`check_tee`](Self::check_tee) admitted.
@@ -67,6 +72,7 @@ impl Broker {
     ) -> Result<Verified<Claims>, Refused> {
         let result = match self.verifiers.get(tee) {
             Some(verifier) => verifier.verify(evidence, expected),
+            None if tee == sample::TEE => SampleVerifier.verify(evidence, expected),
             None => self.store.config().map_err(ApiError::from)?.sim().verify(evidence, expected),
         };
         result.map_err(|error: EvidenceError| Refused::evidence(&error, self.trusted_platforms()))

@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use common::{Rig, attestation, init_data, path, policy, pubkey, refusal, refused, trust};
+use common::{Rig, SECRET, attestation, init_data, path, policy, pubkey, refusal, refused, trust};
 use nacre_attest::{
     client::{BrokerClient, BrokerConfig, Call, ClientError, Credential},
-    rcar::{InitDataMessage, LONGEST_ATTESTATION, LONGEST_REQUEST, TokenReply},
+    rcar::{Challenge, InitDataMessage, LONGEST_ATTESTATION, LONGEST_REQUEST, Request, TokenReply},
+    sample::SampleAttester,
     sim::SimAttester,
 };
 use nacre_broker::{AdminClient, Settings, Transport, admin_token};
@@ -151,6 +152,51 @@ fn simulated_guests_get_nothing_unless_the_settings_say_so() {
     let error = rig.client().attest().unwrap_err();
     assert!(matches!(&error, ClientError::Refused { status: 403, kind, .. } if kind == "SimulatedTee"), "{error}");
     assert!(error.to_string().contains("allow_simulated"), "{error}");
+}
+
+#[test]
+fn samples_of_a_tee_get_nothing_unless_settings_and_reference_values_say_so() {
+    let sample = |rig: &Rig| BrokerClient::new(rig.config(), Arc::new(SampleAttester::new(None).unwrap())).unwrap();
+    let strict = Rig::with(Settings::default(), Transport::Tls);
+    strict.broker.add_reference_value("sample.svn", vec!["1".into()], None).unwrap();
+    let error = sample(&strict).attest().unwrap_err();
+    assert!(matches!(&error, ClientError::Refused { status: 403, kind, .. } if kind == "SimulatedTee"), "{error}");
+
+    // Simulation is allowed, and a simulated platform is known; that makes no sample known.
+    let rig = Rig::new();
+    let stranger = sample(&rig);
+    assert!(stranger.attest().unwrap().claims().unwrap().simulated && stranger.simulated());
+    let denied = stranger.get(&path("default/key/1")).unwrap_err();
+    assert!(matches!(&denied, ClientError::Refused { status: 403, kind, .. } if kind == "PolicyDeny"), "{denied}");
+    rig.broker.add_reference_value("sample.svn", vec!["2".into()], None).unwrap();
+    assert!(sample(&rig).get(&path("default/key/1")).is_err());
+    rig.broker.add_reference_value("sample.svn", vec!["1".into()], None).unwrap();
+    assert_eq!(sample(&rig).get(&path("default/key/1")).unwrap().expose(), SECRET);
+    let entries = rig.broker.audit(0, 1000).unwrap();
+    let of_guests: Vec<_> = entries.iter().filter(|entry| entry.actor.starts_with("guest:")).collect();
+    assert!(of_guests.len() > 3 && of_guests.iter().all(|entry| entry.simulated));
+
+    // Of another session, or with init data beside it that nothing binds.
+    let wire = rig.wire();
+    let auth = || {
+        let reply = wire.post("/kbs/v0/auth", Credential::None, &serde_json::to_vec(&Request::new("sample")).unwrap());
+        (reply.session.unwrap(), Challenge::parse(&reply.body).unwrap().nonce)
+    };
+    let (attester, key) = (SampleAttester::new(None).unwrap(), PrivateKey::generate_p256());
+    let (session, nonce) = auth();
+    let mut message = attestation(&attester, &nonce, &key);
+    message.runtime_data.tee_pubkey = pubkey(&PrivateKey::generate_p256());
+    assert_eq!(refusal(&wire.attest(&session, &message)), refused(401, "EvidenceVerification"));
+    let (session, nonce) = auth();
+    let mut message = attestation(&attester, &nonce, &key);
+    message.init_data = Some(InitDataMessage { format: "toml".into(), body: init_data("a").text().into() });
+    let reply = wire.attest(&session, &message);
+    assert!(String::from_utf8_lossy(&reply.body).contains("bound to none"));
+    assert_eq!(refusal(&reply), refused(401, "EvidenceVerification"));
+    // Its evidence where a report of a simulated platform is due.
+    let (session, nonce) = wire.auth();
+    let message = attestation(&attester, &nonce, &key);
+    assert_eq!(refusal(&wire.attest(&session, &message)), refused(401, "EvidenceVerification"));
 }
 
 #[test]

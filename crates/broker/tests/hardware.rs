@@ -78,12 +78,12 @@ fn a_broker_knows_each_tee_and_believes_none_without_evidence() {
     let wire = rig.wire();
     let auth =
         |tee: &str| wire.post("/kbs/v0/auth", Credential::None, &serde_json::to_vec(&Request::new(tee)).unwrap());
-    for tee in ["snp", "tdx", "sgx", "tpm", "sim"] {
+    for tee in ["snp", "tdx", "sgx", "tpm", "sim", "sample"] {
         assert_eq!(auth(tee).status, 200, "{tee}");
     }
     let unknown = auth("cca");
     assert_eq!(unknown.status, 400);
-    assert!(String::from_utf8_lossy(&unknown.body).contains("sgx, snp, tdx, tpm and sim are"));
+    assert!(String::from_utf8_lossy(&unknown.body).contains("sgx, snp, tdx, tpm, sim and sample are"));
 }
 
 #[test]

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use nacre_attest::{
     client::successor,
     ear::Ear,
-    evidence::{Expected, Verifier as _},
+    evidence::{Expected, Verifier as _, hex},
     initdata::InitData,
     jcs, offline,
     rcar::{
         AdvanceMessage, AnchorMessage, Attestation, Challenge, ErrorBody, LeaseReply, Request, TokenReply, report_data,
     },
+    sample::SampleVerifier,
     sim::SimVerifier,
 };
 use nacre_core::jose::{Jwk, PublicKey};
@@ -31,6 +32,10 @@ pub(crate) fn broker(bytes: &[u8]) {
     };
     let init_data = attestation.init_data.and_then(|message| InitData::parse(&message.body).ok());
     let expected = Expected { report_data: &report_data, init_data: init_data.as_ref(), now: 0 };
+    if let Ok(claims) = SampleVerifier.verify(&attestation.tee_evidence.primary_evidence, &expected) {
+        let claims = claims.into_inner();
+        assert!(claims.simulated && init_data.is_none() && claims.report_data == hex(&report_data));
+    }
     let mut verifier = SimVerifier::new();
     if let Some(key) = key() {
         let _ = verifier.trust(key);
@@ -46,6 +51,9 @@ fn key() -> Option<PublicKey> {
 
 pub(crate) fn brokers() -> Vec<Vec<u8>> {
     texts(&[
+        // As Trustee's client sent it: its evidence holds.
+        include_str!("../../attest/tests/trustee/attestation-p256.json"),
+        include_str!("../../attest/tests/trustee/attestation-rsa.json"),
         r#"{"version":"0.4.0","tee":"sim","extra-params":{"supported-hash-algorithms":["sha384"]}}"#,
         r#"{"version":"0.4.0","tee":"sim","extra-params":""}"#,
         r#"{"nonce":"AAAA","extra-params":{"selected-hash-algorithm":"sha384"}}"#,

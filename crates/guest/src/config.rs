@@ -125,7 +125,7 @@ pub struct BrokerConfig {
     pub certificate: Option<String>,
     /// The public key that signs its tokens: PEM, or a file's name.
     pub token_key: Option<String>,
-    /// Which TEE this is: `snp`, `tdx`, `sgx`, `tpm` or `sim`; what is there, where it is left out.
+    /// Which TEE this is: `snp`, `tdx`, `sgx`, `tpm`, `sim` or `sample`; what is there, where it is left out.
     pub tee: Option<String>,
     /// The platform key of the simulated TEE, a file: where there is no TEE.
     pub sim_platform_key: Option<PathBuf>,

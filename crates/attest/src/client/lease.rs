@@ -58,6 +58,16 @@ impl fmt::Debug for Lease {
     }
 }
 
+/// Trustee has no word of its own for a resource that is not there.
+fn explained(mut error: ClientError) -> ClientError {
+    if let ClientError::Refused { status: 401, kind, detail, .. } = &mut error
+        && kind == "PluginInternalError"
+    {
+        detail.push_str(" (Trustee says no more where there is no such resource: does its path exist there?)");
+    }
+    error
+}
+
 impl BrokerClient {
     /// Fetches a resource with its lease; a version of it where one is named, the current one otherwise.
     ///
@@ -95,7 +105,7 @@ impl BrokerClient {
             let target = format!("/kbs/v0/resource/{path}{version}");
             let token = Credential::Bearer(&attested.token);
             let reply = self.transport.call("resource", &target, token, Call::Get, LONGEST_RESOURCE)?;
-            Ok((accept("resource", reply)?, since))
+            Ok((accept("resource", reply).map_err(explained)?, since))
         })?;
         let fail = |source| ClientError::Decrypt { path: path.clone(), source };
         let secret = Jwe::parse(&reply.body).map_err(fail)?.decrypt_with([&attested.tee_key]).map_err(fail)?;

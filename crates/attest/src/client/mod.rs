@@ -37,6 +37,7 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use nacre_core::{
     Clock, KeySource, KeySourceError, ResourcePath, ResourceUri, SecretBytes, TrustedTime,
     jose::{JoseError, Jwk, PrivateKey, PublicKey, b64},
@@ -178,8 +179,10 @@ impl ClientError {
         }
     }
 
+    /// Whether a new attestation may help. Trustee says 401 to everything, also to what is about the resource and not about who asks.
     fn is_unauthorized(&self) -> bool {
-        matches!(self, Self::Refused { status: 401, .. })
+        let about_the_resource = ["PolicyDeny", "PluginInternalError"];
+        matches!(self, Self::Refused { status: 401, kind, .. } if !about_the_resource.contains(&kind.as_str()))
     }
 }
 
@@ -424,10 +427,10 @@ impl BrokerClient {
         }
         let evidence = ear.submods.get("cpu0").map(|module| &module.evidence);
         let said = evidence.and_then(|evidence| evidence.get("report_data")).and_then(Value::as_str);
-        if said != Some(hex(bound).as_str()) {
+        if !said.is_some_and(|said| is_report_data(said, bound)) {
             return Err(ClientError::ForeignToken("report data"));
         }
-        if ear.simulated != self.attester.simulated() {
+        if ear.is_simulation() != self.attester.simulated() {
             return Err(ClientError::ForeignToken("mark of simulation"));
         }
         Ok(ear)
@@ -468,6 +471,12 @@ fn json_bytes(value: &impl serde::Serialize) -> Vec<u8> {
 
 fn seconds(number: i64) -> Duration {
     Duration::from_secs(u64::try_from(number).unwrap_or_default())
+}
+
+/// Whether a token's report data is ours: hex of all of it, or, as Trustee writes that of its `sample` TEE, base64 of the SHA-384 alone.
+fn is_report_data(said: &str, bound: &[u8; 64]) -> bool {
+    let hash = bound.split_at_checked(48).filter(|(_, rest)| rest.iter().all(|byte| *byte == 0));
+    said == hex(bound) || hash.is_some_and(|(hash, _)| said == BASE64_STANDARD.encode(hash))
 }
 
 /// How long a token says that it lives: only to renew it in time, so it need not be verified.
@@ -515,7 +524,9 @@ impl BrokerClient {
             ClientError::Refused { status: 404, step: "resource", .. } => {
                 KeySourceError::NotFound { uri: uri.clone(), source_name: source_name.clone() }
             }
-            ClientError::Refused { status: 403, step: "resource", detail, .. } => {
+            ClientError::Refused { status, step: "resource", kind, detail }
+                if status == 403 || (status == 401 && kind == "PolicyDeny") =>
+            {
                 KeySourceError::Denied { uri: uri.clone(), source_name: source_name.clone(), reason: detail }
             }
             other => failed(other),

@@ -54,6 +54,19 @@ configuration := 3 if {
 	query_reference_value("sim.init_data") == null
 }
 
+##### sample: what Trustee's programs say where there is no TEE. Nothing is measured, anybody can say it; the broker admits it as it does sim.
+
+executables := 3 if sample_is_recognised
+
+hardware := 2 if sample_is_recognised
+
+configuration := 2 if sample_is_recognised
+
+sample_is_recognised if {
+	input.sample.simulated == true
+	input.sample.svn in query_reference_value("sample.svn")
+}
+
 ##### SNP. Debug, VMPL, certificates and the TCB's signature are the verifier's rules; here, which guest and which firmware.
 
 executables := 3 if input.snp.measurement in query_reference_value("snp_launch_measurement")

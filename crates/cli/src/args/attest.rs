@@ -82,6 +82,8 @@ pub(crate) enum TeeName {
     Tpm,
     /// A simulated one
     Sim,
+    /// What Trustee's programs say where there is no TEE: neither measured nor signed
+    Sample,
 }
 
 #[derive(Debug, Args)]

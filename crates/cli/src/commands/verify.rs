@@ -9,7 +9,8 @@ use std::{
 use anyhow::Context as _;
 use nacre_attest::{
     eventlog::{aael::RuntimeEvent, tcg},
-    evidence::{EvidenceError, Expected, Verifier as _, hex},
+    evidence::{EvidenceError, Expected, Verifier as _, hex, is_simulation},
+    sample::{self, SampleVerifier},
     sim::{self, SimVerifier},
     snp_report::{self, SnpReport},
 };
@@ -43,8 +44,10 @@ pub(crate) fn verify(args: &EvidenceArgs) -> anyhow::Result<()> {
     let init_data = args.init_data.as_deref().map(read_init_data).transpose()?;
     let evidence = read(&args.quote)?;
     let now = now.unix_timestamp();
-    if args.tee == TeeName::Sim {
-        let report_data = report_data.context("--tee sim: say what it has to be bound to (--report-data HEX)")?;
+    if is_simulation(args.tee.name()) {
+        let report_data = report_data.with_context(|| {
+            format!("--tee {}: say what it has to be bound to (--report-data HEX)", args.tee.name())
+        })?;
         let expected = Expected { report_data: &report_data, init_data: init_data.as_ref(), now };
         return simulated(args, &evidence, &expected);
     }
@@ -116,7 +119,7 @@ fn genuine(args: &EvidenceArgs, evidence: &[u8], now: i64) -> anyhow::Result<Gen
             let evidence = serde_json::from_slice(evidence).map_err(|error| malformed(tpm::TEE, &error))?;
             TpmVerifier::new(rules.tpm).genuine(&evidence)?
         }
-        TeeName::Sim => anyhow::bail!("simulated evidence is verified by its platform's key"),
+        TeeName::Sim | TeeName::Sample => anyhow::bail!("simulated evidence is no hardware's"),
     })
 }
 
@@ -124,16 +127,22 @@ fn malformed(tee: &'static str, error: &impl ToString) -> EvidenceError {
     EvidenceError::Malformed { tee, why: error.to_string() }
 }
 
-/// Of simulated platforms, the collateral is their public key.
+/// Of simulated platforms, the collateral is their public key; of a sample of nothing, there is none.
 fn simulated(args: &EvidenceArgs, evidence: &[u8], expected: &Expected<'_>) -> anyhow::Result<()> {
-    let mut verifier = SimVerifier::new();
-    for path in &args.collateral {
-        verifier.trust(PublicKey::from_bytes(&read(path)?).with_context(|| format!("{}", path.display()))?)?;
-    }
-    let evidence = serde_json::from_slice(evidence).map_err(|error| malformed(sim::TEE, &error))?;
-    let claims = verifier.verify(&evidence, expected)?.into_inner();
+    let tee = args.tee.name();
+    let evidence = serde_json::from_slice(evidence).map_err(|error| malformed(tee, &error))?;
+    let claims = if args.tee == TeeName::Sample {
+        anyhow::ensure!(args.collateral.is_empty(), "--collateral: nobody vouches for {tee} evidence");
+        SampleVerifier.verify(&evidence, expected)?.into_inner()
+    } else {
+        let mut verifier = SimVerifier::new();
+        for path in &args.collateral {
+            verifier.trust(PublicKey::from_bytes(&read(path)?).with_context(|| format!("{}", path.display()))?)?;
+        }
+        verifier.verify(&evidence, expected)?.into_inner()
+    };
     output::json(&json!({
-        "tee": sim::TEE, "verified": true, "bound": true, "simulated": true,
+        "tee": tee, "verified": true, "bound": true, "simulated": true,
         "report_data": claims.report_data, "claims": claims.claims,
     }))
 }
@@ -230,6 +239,7 @@ impl TeeName {
             Self::Sgx => dcap::SGX,
             Self::Tpm => tpm::TEE,
             Self::Sim => sim::TEE,
+            Self::Sample => sample::TEE,
         }
     }
 }

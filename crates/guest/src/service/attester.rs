@@ -13,6 +13,7 @@ use nacre_attest::{
     eventlog::story::Happening,
     evidence::{Attester, hex},
     initdata::InitData,
+    sample::{self, SampleAttester},
     sim::{self, SimAttester, read_platform_key},
 };
 
@@ -39,6 +40,7 @@ pub(super) fn attester(config: &BrokerConfig, init_data: Option<InitData>) -> Re
     };
     let attester: Arc<dyn Attester> = match tee {
         sim::TEE => Arc::new(simulated(config, init_data)?),
+        sample::TEE => Arc::new(SampleAttester::new(init_data.as_ref())?),
         snp::TEE => Arc::new(SnpAttester::new(places.tsm, init_data)?),
         tdx::TEE => Arc::new(TdxAttester::new(&places, &events(config)?, init_data)?),
         sgx::TEE => Arc::new(SgxAttester::new(places.gramine, init_data)?),
@@ -52,7 +54,9 @@ pub(super) fn attester(config: &BrokerConfig, init_data: Option<InitData>) -> Re
             Arc::new(TpmAttester::new(&options, init_data)?)
         }
         other => {
-            return Err(ServiceError::Config(format!("broker.tee: '{other}' is none: snp, tdx, sgx, tpm and sim are")));
+            return Err(ServiceError::Config(format!(
+                "broker.tee: '{other}' is none: snp, tdx, sgx, tpm, sim and sample are"
+            )));
         }
     };
     if let (Some(log), Some(init_data)) = (attester.runtime_log(), attester.init_data()) {
