@@ -115,10 +115,12 @@ impl Verifier for SampleVerifier {
                 let (found, expected) = (hex(&report_data), hex(expected.report_data));
                 return Err(EvidenceError::ReportData { tee: TEE, found, expected });
             }
-            if expected.init_data.is_some() {
-                return Err(EvidenceError::Refused {
+            if let Some(init_data) = expected.init_data {
+                let sent = hex(&init_data.fit::<48>());
+                return Err(EvidenceError::InitData {
                     tee: TEE,
-                    why: "init data came beside it, and it is bound to none".into(),
+                    sent,
+                    measured: "none: it has no place for any".into(),
                 });
             }
             let report_data = hex(&report_data);
@@ -198,6 +200,6 @@ mod tests {
         assert!(SampleAttester::new(Some(&init)).unwrap_err().to_string().contains("init data"));
         let evidence = SampleAttester::new(None).unwrap().evidence(&bound()).unwrap();
         let expected = Expected { report_data: &bound(), init_data: Some(&init), now: 0 };
-        assert!(matches!(SampleVerifier.verify(&evidence, &expected), Err(EvidenceError::Refused { .. })));
+        assert!(matches!(SampleVerifier.verify(&evidence, &expected), Err(EvidenceError::InitData { .. })));
     }
 }

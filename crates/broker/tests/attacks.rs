@@ -191,7 +191,7 @@ fn samples_of_a_tee_get_nothing_unless_settings_and_reference_values_say_so() {
     let mut message = attestation(&attester, &nonce, &key);
     message.init_data = Some(InitDataMessage { format: "toml".into(), body: init_data("a").text().into() });
     let reply = wire.attest(&session, &message);
-    assert!(String::from_utf8_lossy(&reply.body).contains("bound to none"));
+    assert!(String::from_utf8_lossy(&reply.body).contains("it has no place for any"));
     assert_eq!(refusal(&reply), refused(401, "EvidenceVerification"));
     // Its evidence where a report of a simulated platform is due.
     let (session, nonce) = wire.auth();
@@ -332,7 +332,7 @@ fn administration_needs_this_brokers_fresh_admin_token() {
             assert_eq!(refusal(&reply), refused(401, "AdminAuthAccess"), "{path}");
         }
     }
-    assert_eq!(rig.client().get(&path("default/key/1")).unwrap().expose(), common::SECRET);
+    assert_eq!(rig.client().get(&path("default/key/1")).unwrap().expose(), SECRET);
     let stranger = AdminClient::new(&rig.config(), PrivateKey::generate_p256(), "x").unwrap();
     assert!(matches!(stranger.resources(), Err(ClientError::Refused { status: 401, .. })));
 }
@@ -346,7 +346,7 @@ fn versions_sizes_and_paths_are_bounded() {
     for bad in [
         json!({"version": "1.0.0", "tee": "sim"}),
         json!({"version": "", "tee": "sim"}),
-        json!({"version": "0.4.0", "tee": "sample"}),
+        json!({"version": "0.4.0", "tee": "none"}),
         json!({"version": "0.4.0", "tee": "../sim"}),
         json!({"tee": "sim"}),
         json!([]),
@@ -402,7 +402,7 @@ fn cut_slow_and_senseless_connections_do_not_disturb_others() {
         stream.write_all(bytes).unwrap();
         held.push(stream);
     }
-    assert_eq!(rig.client().get(&path("default/key/1")).unwrap().expose(), common::SECRET);
+    assert_eq!(rig.client().get(&path("default/key/1")).unwrap().expose(), SECRET);
     for mut stream in held {
         stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();

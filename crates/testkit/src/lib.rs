@@ -1,7 +1,7 @@
 //! Development only: what the tests of several crates need.
 //!
 //! - [`Layer`], [`Entry`] and [`Image`]: layers and images as tests want them, broken ones too.
-//! - [`Browser`], [`DockerRegistry`], [`MotoServer`], [`Postgres`], [`Swtpm`], [`TpmMaker`], [`Tls`]: programs that are not ours.
+//! - [`Browser`], [`DockerRegistry`], [`MotoServer`], [`Postgres`], [`Swtpm`], [`TpmMaker`], [`Tls`], [`TrusteeKbs`], [`TrusteeClient`]: programs that are not ours.
 //! - [`shared`], [`require`], [`root`]: what may be missing on a machine. Each says loudly that its test is skipped, and counts it,
 //!   so the caller only returns.
 //! - [`tiny_rootfs`]: a root filesystem that programs run in; [`harness`]: for programs that start themselves again.
@@ -30,6 +30,7 @@ mod store;
 mod swtpm;
 mod tar;
 pub mod tree;
+mod trustee;
 
 pub use browser::{Browser, Element, Key};
 pub use disk::SmallDisk;
@@ -44,3 +45,4 @@ pub use skip::{require, root, shared, skip};
 pub use store::check_store;
 pub use swtpm::{Swtpm, TpmMaker};
 pub use tar::{Entry, Layer};
+pub use trustee::{TrusteeClient, TrusteeKbs};

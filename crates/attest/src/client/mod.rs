@@ -555,3 +555,24 @@ impl Clock for BrokerClient {
         Some(TrustedTime { now: signed.plus(since.elapsed()).to_time()?, source: "the broker's signed time" })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn report_data_is_hex_or_as_trustee_writes_a_samples() {
+        let sent = Attestation::parse(include_bytes!("../../tests/trustee/token-attestation.json")).unwrap();
+        let bound = report_data(&sent.runtime_data, "").unwrap();
+        // In the token that Trustee's broker made of it.
+        let said = "3IJjBOPTBkkzgjHWGFrhD1hIf+F9bVZSfRxLIRceO9WlN4fw/B7dsAX5OEaX/lsF";
+        assert!(is_report_data(said, &bound) && is_report_data(&hex(&bound), &bound));
+        for other in ["", &said[1..], &hex(&bound[..48]), &BASE64_STANDARD.encode(bound), &hex(&[0; 64])] {
+            assert!(!is_report_data(other, &bound), "{other}");
+        }
+        // Where it is longer than a SHA-384, all of it counts.
+        let mut longer = bound;
+        longer[63] = 1;
+        assert!(!is_report_data(said, &longer) && is_report_data(&hex(&longer), &longer));
+    }
+}

@@ -44,7 +44,7 @@ fn record(tee: &str, claims: &Value, references: &[(&str, Value)]) -> GuestRecor
     let ear = Ear {
         eat_profile: PROFILE.into(),
         iat: 100,
-        nbf: 100,
+        nbf: Some(100),
         exp: 400,
         iss: "b".into(),
         verifier: VerifierId { build: "b".into(), developer: "d".into() },
