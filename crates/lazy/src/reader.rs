@@ -38,7 +38,7 @@ pub use prefetch::Prefetched;
 pub use survey::{Counts, Survey};
 
 /// Bytes of decoded chunks that are kept, for all images of a process.
-const KEPT: usize = 8 << 20;
+const KEPT: usize = 6 << 20;
 /// The most chunks of one read: 64 for each that a builder of ours makes of 1 MiB, so that a table of tiny ones fills no memory.
 const MOST_PARTS: usize = 16 << 10;
 

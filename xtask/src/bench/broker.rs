@@ -65,6 +65,17 @@ impl Served {
     }
 }
 
+impl Served {
+    /// Seconds of processor that it has used.
+    fn processor(&self) -> Result<f64> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // After the name in parentheses, the 12th and the 13th: ticks in itself and in the kernel, of which there are 100 a second (proc(5)).
+        let rest = stat.rsplit_once(')').context("stat")?.1;
+        let ticks = rest.split_whitespace().skip(11).take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()?;
+        Ok(ticks / 100.0)
+    }
+}
+
 impl Drop for Served {
     fn drop(&mut self) {
         drop(self.input.take());
@@ -96,10 +107,13 @@ pub(crate) fn broker(options: &Options) -> Result<()> {
 
 fn embedded(options: &Options, program: &Path, dir: &Path) -> Result<Vec<Case>> {
     run(Command::new(program).arg("init").arg(dir))?;
-    let (mut kept, mut new) = (Vec::new(), Vec::new());
+    let (mut kept, mut new, mut own) = (Vec::new(), Vec::new(), Vec::new());
     let served = Served::start(program, dir)?;
     for _ in 0..options.rounds {
-        kept.push(load(program, dir, options.seconds, "keep", &[&served.url])?);
+        let before = served.processor()?;
+        let rate = load(program, dir, options.seconds, "keep", &[&served.url])?;
+        own.push(2.0 * rate * f64::from(options.seconds) / (served.processor()? - before));
+        kept.push(rate);
         new.push(load(program, dir, options.seconds, "new", &[&served.url])?);
     }
     drop(served);
@@ -109,6 +123,7 @@ fn embedded(options: &Options, program: &Path, dir: &Path) -> Result<Vec<Case>> 
     let after = served.memory()?;
     Ok(vec![
         Case::reaching("attestation and key, embedded, connections kept", median(kept), "/s", 1000.0),
+        Case::reaching("the same, of two processors that the broker has alone", median(own), "/s", 1000.0),
         Case::reaching("attestation and key, embedded, a handshake each", median(new), "/s", 1000.0),
         Case::bounded("memory with 10,000 attested sessions", Some(after), "MiB", 256.0),
         Case::bounded("memory of a session", Some((after - before) * 1024.0 / SESSIONS as f64), "KiB", 16.0),

@@ -444,7 +444,7 @@ pub(crate) enum ReferenceCommand {
     Set {
         /// What is expected, such as sim.measurement
         name: String,
-        /// The values
+        /// The values; what reads as a number is meant as one as well
         #[arg(required = true)]
         values: Vec<String>,
         /// Until when they are good, RFC 3339 [default: a year from now]

@@ -23,10 +23,20 @@ fn show_time(seconds: i64) -> String {
     OffsetDateTime::from_unix_timestamp(seconds).ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_default()
 }
 
+/// A value of the command line, which has no types: what reads as a number or a truth value is that as well, since evidence has both.
+fn meant(text: &str) -> impl Iterator<Item = Value> {
+    let typed = match text {
+        "true" | "false" => Some(Value::Bool(text == "true")),
+        // As it would be written: digits with zeros before them are an identifier.
+        number => number.parse::<i64>().ok().filter(|value| value.to_string() == number).map(Value::from),
+    };
+    std::iter::once(Value::from(text)).chain(typed)
+}
+
 pub(super) fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
     match command {
         ReferenceCommand::Set { name, values, expires, at } => {
-            let values: Vec<Value> = values.iter().map(|value| Value::from(value.as_str())).collect();
+            let values: Vec<Value> = values.iter().flat_map(|text| meant(text)).collect();
             let expires = expires.as_deref().map(|text| time("--expires", text)).transpose()?;
             match Admin::of(at)? {
                 Admin::Local(broker) => Ok(broker.add_reference_value(name, values, expires)?),
@@ -130,6 +140,29 @@ fn signer(command: &SignerCommand) -> anyhow::Result<()> {
                 Admin::Remote(client) => client.delete_signer(name, *values)?,
             }
             Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_value_is_meant_as_what_evidence_may_have() {
+        for (text, values) in [
+            ("3", vec![json!("3"), json!(3)]),
+            ("-1", vec![json!("-1"), json!(-1)]),
+            ("true", vec![json!("true"), json!(true)]),
+            ("0012", vec![json!("0012")]),
+            ("12345678901234567890123456789012", vec![json!("12345678901234567890123456789012")]),
+            ("1e3", vec![json!("1e3")]),
+            ("ab", vec![json!("ab")]),
+            ("", vec![json!("")]),
+        ] {
+            assert_eq!(meant(text).collect::<Vec<_>>(), values, "{text}");
         }
     }
 }
