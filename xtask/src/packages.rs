@@ -50,6 +50,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nginx", "nginx-light"),
     ("chromium", "chromium"),
     ("chromedriver", "chromium-driver"),
+    ("faketime", "faketime"),
 ];
 
 /// An S3 that is not ours, from PyPI: Debian has none. Flask is what its server runs on; its own extra for that wants far more.

@@ -23,8 +23,14 @@ pub(crate) struct Served {
 
 impl Served {
     fn start(place: &Place) -> Self {
+        Self::start_with(place, |_| ())
+    }
+
+    fn start_with(place: &Place, change: impl FnOnce(&mut Command)) -> Self {
         let arguments = ["broker", "serve", "--listen", "127.0.0.1:0", "--dir", &place.text("broker")];
-        let mut child = place.nacre("unused", &arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut command = place.nacre("unused", &arguments);
+        change(&mut command);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().strip_prefix("serving at ").unwrap().to_owned();
@@ -141,7 +147,7 @@ fn administer(place: &Place, url: Option<&str>) {
     assert_eq!(output.status.code(), Some(3), "{}", said(&output));
     run(&mut admin(place, url, &["reference", "set", "sim.svn", "7", "8", "--expires", "2099-01-01T00:00:00Z"]));
     let shown: Value = serde_json::from_str(&text(&mut admin(place, url, &["reference", "show", "sim.svn"]))).unwrap();
-    assert_eq!(shown, json!(["7", "8"]));
+    assert_eq!(shown, json!(["7", 7, "8", 8]));
     let entries: Value = serde_json::from_str(&text(&mut admin(place, url, &["audit", "--json"]))).unwrap();
     let entries = entries.as_array().unwrap();
     assert!(entries.len() >= 5, "{entries:?}");
@@ -329,8 +335,13 @@ impl Scene {
 
     /// Starts the broker again, with the settings that it has now.
     pub(crate) fn serve_again(&mut self) {
+        self.serve_again_with(|_| ());
+    }
+
+    /// The same, of a program that is run in another way.
+    pub(crate) fn serve_again_with(&mut self, change: impl FnOnce(&mut Command)) {
         let _ = (self.served.child.kill(), self.served.child.wait());
-        self.served = Served::start(&self.place);
+        self.served = Served::start_with(&self.place, change);
     }
 
     pub(crate) fn admin(&self, arguments: &[&str]) {
@@ -352,7 +363,7 @@ impl Scene {
         text(&mut self.place.nacre("unused", &["attest", "init-data", &path])).trim().to_owned()
     }
 
-    fn guest(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn guest(&self, arguments: &[&str]) -> Command {
         let mut command = self.place.nacre("store", arguments);
         command.args(["--broker", &self.served.url]);
         for (flag, file) in [
@@ -399,6 +410,10 @@ fn a_key_is_released_to_the_guest_that_is_expected_and_to_no_other() {
     // Init data that are expected, and others.
     let digest = scene.init_data("one");
     scene.admin(&["reference", "set", "sim.init_data", &digest]);
+    // Evidence has it as a number.
+    scene.admin(&["reference", "set", "sim.svn", "2"]);
+    assert_refused(&scene.pull().output().unwrap(), &["hardware"]);
+    scene.admin(&["reference", "set", "sim.svn", "1"]);
     run(&mut scene.pull());
     scene.init_data("two");
     // The layers are in the store, and still their key is asked for.

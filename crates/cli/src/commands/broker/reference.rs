@@ -79,7 +79,7 @@ pub(super) fn reference(command: &ReferenceCommand) -> anyhow::Result<()> {
             let mut named: BTreeMap<String, Vec<Value>> = BTreeMap::new();
             for value in values {
                 let (name, value) = value.split_once('=').ok_or_else(|| Usage(format!("{value}: write NAME=VALUE")))?;
-                named.entry(name.to_owned()).or_default().push(value.into());
+                named.entry(name.to_owned()).or_default().extend(meant(value));
             }
             let now = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or_default();
             let expires = time("--expires", expires)?;
