@@ -40,7 +40,8 @@ struct Record {
     name: String,
     options: LazyOptions,
     complete: bool,
-    /// Its keys are its owner's only for a time.
+    /// Its keys are its owner's only for a time. An earlier version's mounts had none that were.
+    #[serde(default)]
     lent: bool,
     since: String,
     kept: KeptRecord,

@@ -84,6 +84,7 @@ pub struct MountRequest {
     /// Whether all of it is fetched meanwhile.
     pub complete: bool,
     /// Whether its keys were lent to the process that comes along: when that ends, the image is [cut](Request::Cut).
+    #[serde(default)]
     pub lent: bool,
 }
 

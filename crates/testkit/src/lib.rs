@@ -8,7 +8,6 @@
 //! - [`sim`]: a store that crashes and fails as it is told, and the model of what a disk on it has to hold.
 //! - [`SmallDisk`]: a disk that is soon full. [`check_store`]: what every block store has to do. [`Rng`]: numbers that are the same in each run.
 //! - [`qemu`]: a virtual machine with another kernel.
-//! - [`SmallDisk`]: a disk that is soon full. [`Rng`]: numbers that are the same in each run.
 //!
 //! Everything here panics when it cannot do its work: a test that cannot be set up has failed.
 
